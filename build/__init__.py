@@ -1,0 +1,1 @@
+"""The office: trains, exports, quantises, compiles, evaluates and packs a bundle. Needs torch."""

@@ -1,0 +1,186 @@
+"""stpm-build and stpm-train."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from stpm.build.compile import BACKENDS, choose_backend
+from stpm.build.methods import METHODS
+from stpm.build.pipeline import Job, build_bundle, prepare
+from stpm.build.steps import Steps, default_work
+from stpm.build.train import Recipe
+from stpm.build.weights import write_weights
+from stpm.calibration.ranges import OBSERVERS
+from stpm.edge.cli import count, positive
+from stpm.edge.command import parser, run_command
+from stpm.edge.manifest import Manifest
+from stpm.edge.preprocess import Preprocess
+from stpm.edge.storage import storage_errors
+
+AGAIN = "run the same command again, it goes on where it stopped"
+
+BUILD_EXAMPLES = """\
+  stpm-build --engine int8 --category screw --data photos --teacher builtin
+  stpm-build --engine fp16 --category screw --data mvtec --teacher resnet18.pth --epochs 200 --seed 1
+  stpm-build --engine int8 --category screw --data photos --teacher builtin --student screw.npz"""
+
+TRAIN_EXAMPLES = """\
+  stpm-train --category screw --data photos --teacher builtin --out screw.npz"""
+
+
+def build_main(arguments: list[str] | None = None) -> int:
+    options = parser("stpm-build", "From images of good parts to a bundle that stpm-run judges with.", BUILD_EXAMPLES)
+    add = options.add_argument
+    add("--engine", required=True, choices=("fp32", "fp16", "int8"), help="precision of the engine")
+    _add_training(options)
+    add("--student", type=Path, metavar="PATH", help="use this trained student (.npz, .pth, .safetensors)")
+    add("--backend", choices=BACKENDS, default="auto", help="what to compile for (default: auto)")
+    add(
+        "--observer",
+        choices=tuple(OBSERVERS),
+        default="percentile",
+        help="how int8 finds activation ranges (default: percentile)",
+    )
+    add(
+        "--calibration-images",
+        type=count,
+        default=128,
+        metavar="N",
+        help="training images that int8 is calibrated on (default: 128)",
+    )
+    add(
+        "--false-reject-rate",
+        type=_share,
+        default=0.01,
+        metavar="R",
+        help="share of good parts that the threshold may reject (default: 0.01)",
+    )
+    add("--out", type=Path, metavar="DIR", help="the bundle (default: bundles/CATEGORY-ENGINE)")
+    chosen = options.parse_args(arguments)
+
+    def command() -> None:
+        choose_backend(chosen.backend)
+        job = _job(chosen)
+        material = prepare(job, chosen.student)
+        out = chosen.out or Path("bundles") / f"{chosen.category}-{chosen.engine}"
+        manifest = build_bundle(
+            job, material, chosen.engine, chosen.observer, chosen.calibration_images, chosen.false_reject_rate, out
+        )
+        print(_report(manifest, out))
+
+    return run_command("stpm-build", command, AGAIN)
+
+
+def train_main(arguments: list[str] | None = None) -> int:
+    options = parser(
+        "stpm-train", "Train a student on images of good parts: the first step of stpm-build, alone.", TRAIN_EXAMPLES
+    )
+    _add_training(options)
+    options.add_argument("--out", type=Path, metavar="FILE", help="the student (default: CATEGORY.npz)")
+    chosen = options.parse_args(arguments)
+
+    def command() -> None:
+        out = chosen.out or Path(f"{chosen.category}.npz")
+        material = prepare(_job(chosen))
+        partial = out.with_name(f".{out.stem}.partial.npz")
+        with storage_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_weights(partial, material.student.state_dict())
+            shutil.move(partial, out)
+        print(f"student of epoch {material.best_epoch}: {out}")
+
+    return run_command("stpm-train", command, AGAIN)
+
+
+def _add_training(options: argparse.ArgumentParser) -> None:
+    recipe = Recipe()
+    add = options.add_argument
+    add("--category", required=True, metavar="NAME", help="the product; the folder NAME inside --data")
+    add(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="ROOT",
+        help="ROOT/NAME/train/good (MVTec layout), or a plain folder of images of good parts (default: data)",
+    )
+    add(
+        "--teacher",
+        default="imagenet",
+        metavar="imagenet|builtin|PATH",
+        help="ResNet-18 weights: torchvision's download, the one in this package, or a file (default: imagenet)",
+    )
+    add("--method", choices=tuple(METHODS), default="stpm")
+    add("--epochs", type=count, default=recipe.epochs, help=f"default: {recipe.epochs}")
+    add("--batch", type=count, default=recipe.batch, help=f"default: {recipe.batch}")
+    add("--learning-rate", type=positive, default=recipe.learning_rate, help=f"default: {recipe.learning_rate}")
+    add("--seed", type=int, default=recipe.seed, help=f"default: {recipe.seed}")
+    add("--roi", type=_region, metavar="X,Y,W,H", help="look only at this part of the frame, in pixels")
+    add(
+        "--work",
+        type=Path,
+        default=default_work(),
+        metavar="DIR",
+        help="where finished steps are kept for re-use (default: ~/.cache/stpm-edge)",
+    )
+    add("--threads", type=count, metavar="N", help="CPU threads for training (default: all)")
+
+
+def _job(chosen: argparse.Namespace) -> Job:
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    recipe = Recipe(epochs=chosen.epochs, batch=chosen.batch, learning_rate=chosen.learning_rate, seed=chosen.seed)
+    return Job(
+        chosen.data,
+        chosen.category,
+        chosen.teacher,
+        chosen.method,
+        recipe,
+        Preprocess(roi=chosen.roi),
+        Steps(chosen.work),
+    )
+
+
+def _region(text: str) -> tuple[int, int, int, int]:
+    try:
+        x, y, width, height = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"wanted four whole numbers X,Y,W,H, found {text}") from error
+    return x, y, width, height
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"wanted a share between 0 and 1, found {text}")
+    return value
+
+
+def _report(manifest: Manifest, out: Path) -> str:
+    threshold, accuracy = manifest.threshold, manifest.accuracy
+    rows = [
+        ("bundle", str(out)),
+        ("precision", manifest.precision),
+        ("trained on", f"{manifest.training.normals} good parts, {manifest.training.held_out} held out"),
+        ("best epoch", str(manifest.training.best_epoch or "- (student given)")),
+        (
+            "threshold",
+            f"{threshold.value:.3e} ({threshold.rule}, {threshold.normals} held-out normals, "
+            f"at most {threshold.false_reject_rate:.1%} false rejects)",
+        ),
+    ]
+    if accuracy is not None:
+        rows += [
+            (name, "not defined" if value is None else f"{value:.4f}")
+            for name, value in (
+                ("image AUROC", accuracy.image_auroc),
+                ("pixel AUROC", accuracy.pixel_auroc),
+                ("AUPRO@30%", accuracy.aupro),
+            )
+        ]
+    return "\n".join(f"  {name:<12} {value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(build_main())

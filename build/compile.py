@@ -1,0 +1,33 @@
+"""From a graph to the files of a backend's engine."""
+
+from pathlib import Path
+
+import onnx
+import openvino
+from stpm.edge.errors import EngineError
+from stpm.edge.manifest import EngineFiles
+
+BACKENDS = ("auto", "openvino", "tensorrt")
+
+
+def choose_backend(asked: str) -> str:
+    """The backend to compile for; EngineError for one that this version cannot compile for."""
+    if asked == "tensorrt":
+        raise EngineError(
+            "this version cannot compile TensorRT engines yet: use --backend openvino (the graph in the bundle is "
+            "written for TensorRT 8.5 and later, so `trtexec --onnx` can compile it by hand)"
+        )
+    return "openvino"
+
+
+def compile_openvino(graph: onnx.ModelProto, folder: Path) -> EngineFiles:
+    """OpenVINO's intermediate representation, openvino.xml and openvino.bin, the precision as in the graph."""
+    source = folder / "source.onnx"
+    onnx.save(graph, source)
+    try:
+        openvino.save_model(openvino.convert_model(source), folder / "openvino.xml", compress_to_fp16=False)
+    except RuntimeError as error:
+        raise EngineError(f"OpenVINO cannot convert the graph ({error})") from error
+    finally:
+        source.unlink()
+    return EngineFiles("openvino.xml", "CPU")

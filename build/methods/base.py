@@ -1,0 +1,29 @@
+"""What a method has to say: which taps are compared, what the student learns, how the maps combine."""
+
+from typing import Protocol
+
+import torch
+from stpm.build.pyramid import Pyramid
+from torch import nn
+
+Features = list[torch.Tensor]
+
+
+class Method(Protocol):
+    name: str
+    taps: tuple[str, ...]
+
+    def new_student(self, seed: int) -> Pyramid:
+        """A student with fresh weights, the same for the same seed."""
+
+    def targets(self, features: Features) -> Features:
+        """What the student is compared with, one tensor per tap; computed once per image and cached."""
+
+    def loss(self, targets: Features, student: Features) -> torch.Tensor:
+        """A scalar to minimise."""
+
+    def validation(self, targets: Features, student: Features, size: int) -> torch.Tensor:
+        """One number per image; the checkpoint with the smallest mean over held-out normals is kept."""
+
+    def graph(self, teacher: Pyramid, student: Pyramid, height: int, width: int) -> nn.Module:
+        """Both networks and the head, batch norm folded: N×3×H×W → (anomaly map N×1×H×W, score N)."""

@@ -1,0 +1,54 @@
+"""A feature pyramid: ResNet-18 up to its last tap. Teacher and student are two of these."""
+
+import hashlib
+
+import torch
+from stpm.build.torchvision_cpu import models
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+class Pyramid(nn.Module):
+    """float32 N×3×H×W → one N×C×h×w per tap, at stride 4 (layer1), 8, 16 and 32; parameter names are torchvision's."""
+
+    def __init__(self, taps: tuple[str, ...] = ("layer1", "layer2", "layer3")) -> None:
+        super().__init__()
+        backbone = models.resnet18(weights=None)
+        self.taps = taps
+        self.conv1, self.bn1 = backbone.conv1, backbone.bn1
+        self.relu, self.maxpool = backbone.relu, backbone.maxpool
+        self.layers = LAYERS[: 1 + max(LAYERS.index(tap) for tap in taps)]
+        for name in self.layers:
+            self.add_module(name, getattr(backbone, name))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        features = []
+        for name in self.layers:
+            x = getattr(self, name)(x)
+            if name in self.taps:
+                features.append(x)
+        return features
+
+
+def fold_batch_norm(pyramid: Pyramid) -> None:
+    """Put every batch norm into the convolution before it, in place; the pyramid must be in eval mode."""
+    for module in pyramid.modules():
+        names = [name for name, _ in module.named_children()]
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):
+            if conv in names and norm in names and isinstance(getattr(module, norm), nn.BatchNorm2d):
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                setattr(module, norm, nn.Identity())
+
+
+def weights_hash(state: dict[str, torch.Tensor]) -> str:
+    """sha256 over names, shapes and float32 values: the same weights from another file have the same hash."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if name.endswith("num_batches_tracked"):
+            continue
+        values = state[name].detach().to(torch.float32).contiguous().numpy()
+        digest.update(f"{name}{values.shape}".encode() + values.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""Distil a student from a teacher on normal images: the same loop for every method.
+
+The teacher's features do not change and nothing is augmented, so they are computed once and kept in memory as
+float16 when they fit the budget. Every epoch leaves a checkpoint from which the same run goes on.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from stpm.build.methods.base import Features, Method
+from stpm.build.pyramid import Pyramid
+from stpm.edge.errors import TrainingError
+from stpm.edge.preprocess import Image, Preprocess
+from torch import nn
+from tqdm import tqdm
+
+CACHE_BYTES = 4 << 30
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The settings of one training run; the defaults are those of Wang et al."""
+
+    epochs: int = 100
+    batch: int = 32
+    learning_rate: float = 0.4
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    held_out: float = 0.2  # share of the normals kept for validation and for the threshold
+    seed: int = 0
+
+
+class Epoch(msgspec.Struct, frozen=True):
+    loss: float
+    validation: float
+
+
+class Trained(msgspec.Struct, frozen=True):
+    student: Pyramid
+    history: list[Epoch]
+    best_epoch: int  # counted from 1
+
+
+def split(count: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images to train on and of those held out, by seed."""
+    order = np.random.default_rng(recipe.seed).permutation(count)
+    held_out = max(1, round(count * recipe.held_out))
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+class Images:
+    """Preprocessed batches and the method's targets for a set of uint8 images, the targets cached if they fit."""
+
+    def __init__(self, pixels: Image, preprocess: Preprocess, method: Method, teacher: Pyramid, title: str) -> None:
+        self.pixels, self.preprocess, self.method, self.teacher = pixels, preprocess, method, teacher
+        self.cache: Features | None = None
+        one = self._compute(np.arange(1))
+        if len(pixels) * sum(2 * feature.numel() for feature in one) <= CACHE_BYTES:
+            self.cache = [torch.empty(len(pixels), *feature.shape[1:], dtype=torch.float16) for feature in one]
+            for index in tqdm(range(len(pixels)), desc=title, unit="image", disable=None, leave=False):
+                for cached, feature in zip(self.cache, self._compute(np.array([index])), strict=True):
+                    cached[index] = feature[0]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def input(self, indices: np.ndarray) -> torch.Tensor:
+        batch = np.concatenate([self.preprocess.normalise(self.pixels[index]) for index in indices])
+        return torch.from_numpy(batch).to(memory_format=torch.channels_last)
+
+    def targets(self, indices: np.ndarray) -> Features:
+        if self.cache is None:
+            return self._compute(indices)
+        return [cached[indices].to(torch.float32) for cached in self.cache]
+
+    def _compute(self, indices: np.ndarray) -> Features:
+        with torch.inference_mode():
+            return [target.clone() for target in self.method.targets(self.teacher(self.input(indices)))]
+
+
+def train(
+    method: Method, teacher: Pyramid, pixels: Image, preprocess: Preprocess, recipe: Recipe, folder: Path
+) -> Trained:
+    """Train on uint8 N×H×W×3 normals. `folder` keeps the checkpoint; a stopped run in it is continued.
+
+    Returns the student of the epoch with the lowest validation score. A loss that is not finite: TrainingError.
+    """
+    teacher = teacher.to(memory_format=torch.channels_last)
+    training, held_out = split(len(pixels), recipe)
+    train_set = Images(pixels[training], preprocess, method, teacher, "teacher, training images")
+    validation_set = Images(pixels[held_out], preprocess, method, teacher, "teacher, held-out images")
+    student = method.new_student(recipe.seed).to(memory_format=torch.channels_last)
+    optimiser = torch.optim.SGD(
+        student.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    checkpoint = folder / "checkpoint.pth"
+    best: dict[str, Any] = {"validation": math.inf, "epoch": 0, "student": {}}
+    history: list[Epoch] = []
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, weights_only=True)
+        student.load_state_dict(saved["student"])
+        optimiser.load_state_dict(saved["optimiser"])
+        best, history = saved["best"], [Epoch(*epoch) for epoch in saved["history"]]
+        tqdm.write(f"training goes on after epoch {len(history)}")
+
+    progress = tqdm(
+        range(len(history), recipe.epochs),
+        initial=len(history),
+        total=recipe.epochs,
+        desc="training",
+        unit="epoch",
+        disable=None,
+    )
+    for number in progress:
+        loss = _train_epoch(method, student, optimiser, train_set, recipe, number)
+        validation = _validate(method, student, validation_set, recipe, preprocess.height)
+        history.append(Epoch(loss, validation))
+        if validation < best["validation"]:
+            state = {name: value.clone() for name, value in student.state_dict().items()}
+            best = {"validation": validation, "epoch": number + 1, "student": state}
+        progress.set_postfix_str(f"loss {loss:.4f}, held-out {validation:.3e}, best epoch {best['epoch']}")
+        _save(
+            checkpoint,
+            {
+                "student": student.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "best": best,
+                "history": [(epoch.loss, epoch.validation) for epoch in history],
+            },
+        )
+    student.load_state_dict(best["student"])
+    return Trained(student.eval().requires_grad_(False), history, best["epoch"])
+
+
+def _train_epoch(
+    method: Method, student: Pyramid, optimiser: torch.optim.Optimizer, images: Images, recipe: Recipe, number: int
+) -> float:
+    student.train()
+    # the order depends on seed and epoch alone, so a continued run takes the same steps
+    order = np.random.default_rng((recipe.seed, number)).permutation(len(images))
+    total = 0.0
+    for start in range(0, len(order), recipe.batch):
+        indices = order[start : start + recipe.batch]
+        loss = method.loss(images.targets(indices), student(images.input(indices)))
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} in epoch {number + 1} at learning rate {recipe.learning_rate}: "
+                "train with a lower --learning-rate"
+            )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        total += loss.item() * len(indices)
+    return total / len(order)
+
+
+@torch.inference_mode()
+def _validate(method: Method, student: nn.Module, images: Images, recipe: Recipe, size: int) -> float:
+    student.eval()
+    values = []
+    for start in range(0, len(images), recipe.batch):
+        indices = np.arange(start, min(start + recipe.batch, len(images)))
+        values.append(method.validation(images.targets(indices), student(images.input(indices)), size))
+    return float(torch.cat(values).mean())
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)

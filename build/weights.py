@@ -1,0 +1,93 @@
+"""Weights of a pyramid: read from .npz, .pth or .safetensors, from torchvision, or the one in this package."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import safetensors.torch
+import torch
+from stpm.build.pyramid import Pyramid
+from stpm.build.torchvision_cpu import models
+from stpm.edge.errors import InputError
+
+BUILTIN_TEACHER = Path(__file__).with_name("builtin_teacher.npz")
+
+State = dict[str, torch.Tensor]
+
+
+def load_teacher(source: str, taps: tuple[str, ...]) -> Pyramid:
+    """`imagenet` (torchvision's download), `builtin`, or the path of a weights file; frozen and in eval mode."""
+    if source == "imagenet":
+        state = _download_imagenet()
+    else:
+        path = BUILTIN_TEACHER if source == "builtin" else Path(source)
+        state = read_weights(path)
+    teacher = Pyramid(taps)
+    load_into(teacher, state, source)
+    return teacher.eval().requires_grad_(False)
+
+
+def load_into(pyramid: Pyramid, state: State, source: str) -> None:
+    """Copy the tensors that the pyramid has; what it has not (layer4, fc) is left; a missing one is an InputError."""
+    wanted = {name: value for name, value in pyramid.state_dict().items() if "num_batches_tracked" not in name}
+    for name, value in wanted.items():
+        found = state.get(name)
+        if found is None or found.shape != value.shape:
+            what = "it is missing" if found is None else f"found {tuple(found.shape)}"
+            raise InputError(
+                f"wanted ResNet-18 weights with a tensor {name} of shape {tuple(value.shape)}, but {what} in "
+                f"{source}: give a ResNet-18 file with torchvision's names, or `builtin`"
+            )
+        if not torch.isfinite(found).all():
+            raise InputError(f"the tensor {name} in {source} has values that are not finite: the file is damaged")
+    pyramid.load_state_dict({name: state[name].to(torch.float32) for name in wanted}, strict=False)
+
+
+def read_weights(path: Path) -> State:
+    """The tensors of a weights file by name. InputError when it is missing, damaged or of another kind."""
+    if not path.is_file():
+        raise InputError(f"wanted a weights file, found no file {path}: check the path, or use `builtin`")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if path.suffix in (".pth", ".pt"):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    except (
+        ValueError,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+        RuntimeError,
+        EOFError,
+        AttributeError,
+    ) as error:
+        raise InputError(
+            f"cannot read the weights in {path}: {str(error).splitlines()[0]}; get the file again"
+        ) from error
+    raise InputError(f"wanted a .npz, .pth or .safetensors file of weights, found {path}: convert it first")
+
+
+def write_weights(path: Path, state: State, dtype: type = np.float32) -> None:
+    """The tensors as an .npz file, without the batch counters that only training needs."""
+    arrays = {
+        name: value.detach().numpy().astype(dtype)
+        for name, value in state.items()
+        if "num_batches_tracked" not in name
+    }
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def _download_imagenet() -> State:
+    try:
+        return models.resnet18(weights=models.ResNet18_Weights.IMAGENET1K_V1).state_dict()
+    except (URLError, OSError) as error:
+        raise InputError(
+            f"torchvision's ImageNet weights could not be downloaded ({error}): use `--teacher builtin`, which needs "
+            "no network, or `--teacher PATH` with a .npz, .pth or .safetensors file of ResNet-18"
+        ) from error

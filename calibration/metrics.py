@@ -1,0 +1,53 @@
+"""Image AUROC, pixel AUROC and AUPRO, exact: every distinct score is a threshold, ties count half."""
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.floating]
+
+FPR_LIMIT = 0.3
+
+
+def auroc(scores: Floats, positive: Bools) -> float | None:
+    """Area under the ROC curve; None (not defined) unless both classes are there."""
+    scores, positive = scores.ravel(), positive.ravel()
+    if positive.all() or not positive.any():
+        return None
+    false_positive, true_positive = _curve(scores, ~positive / (~positive).sum(), positive / positive.sum())
+    return float(np.trapezoid(true_positive, false_positive))
+
+
+def aupro(maps: Floats, masks: Bools, limit: float = FPR_LIMIT) -> float | None:
+    """Area under the per-region overlap over the false-positive rate up to `limit`, divided by `limit`.
+
+    maps and masks are N×H×W. The overlap of each connected (8-neighbour) region counts the same, whatever its size;
+    the false-positive rate is over all defect-free pixels of all images. None when there is no region or no
+    defect-free pixel.
+    """
+    region_weight = np.zeros(masks.shape, np.float64)
+    regions = 0
+    for weight, mask in zip(region_weight, masks, strict=True):
+        found, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+        sizes = np.bincount(labels.ravel())
+        weight[mask] = 1 / sizes[labels[mask]]
+        regions += found - 1
+    normal = ~masks
+    if regions == 0 or not normal.any():
+        return None
+    false_positive, overlap = _curve(maps.ravel(), normal.ravel() / normal.sum(), region_weight.ravel() / regions)
+    inside = false_positive <= limit
+    x = np.append(false_positive[inside], limit)
+    y = np.append(overlap[inside], np.interp(limit, false_positive, overlap))
+    return float(np.trapezoid(y, x) / limit)
+
+
+def _curve(scores: Floats, x_weight: Floats, y_weight: Floats) -> tuple[Floats, Floats]:
+    """Both weights summed over everything at or above each distinct score, highest first, from (0, 0)."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    last_of_ties = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)
+    x = np.cumsum(x_weight[order])[last_of_ties]
+    y = np.cumsum(y_weight[order])[last_of_ties]
+    return np.append(0.0, x), np.append(0.0, y)

@@ -1,0 +1,146 @@
+"""Q/DQ placement: the INT8 precision is written into the graph, for OpenVINO and TensorRT alike.
+
+Rules (TensorRT 8.5 to 11 fuse INT8 convolutions only under all of them):
+  - the input of every convolution is quantised per tensor, its weight per output channel (axis 0), its bias stays float
+  - nothing between a convolution and its ReLU, nor between the main branch and the Add
+  - the shortcut input of every Add is quantised, so that the fused conv + add + ReLU writes INT8
+  - one shared Q/DQ pair per tensor; symmetric int8, zero points 0, float32 scales; weights as float → Q → DQ
+The head stays float32: it divides by lengths and multiplies small differences.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from stpm.edge.errors import InputError
+
+HEAD = "/head/"
+_KNOWN = {"Conv", "Relu", "MaxPool", "Add"}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One input of one node that reads a quantised tensor."""
+
+    tensor: str
+    node: str
+    input: int
+
+
+def in_head(node: onnx.NodeProto) -> bool:
+    return node.name.startswith(HEAD)
+
+
+def placement(model: onnx.ModelProto) -> list[Use]:
+    """Every activation input that gets quantised, in graph order. A node the rules do not cover is an InputError."""
+    producer = {output: node for node in model.graph.node for output in node.output}
+    kernels = {tensor.name: tuple(tensor.dims[2:]) for tensor in model.graph.initializer}
+    uses = []
+    for node in model.graph.node:
+        if in_head(node) or node.op_type == "Constant":
+            continue
+        if node.op_type not in _KNOWN:
+            raise InputError(
+                f"cannot place Q/DQ around node {node.name} of type {node.op_type}: the rules cover "
+                f"{', '.join(sorted(_KNOWN))}; teach calibration/qdq.py this node, or build with --engine fp16"
+            )
+        if node.op_type == "Conv":
+            uses.append(Use(node.input[0], node.name, 0))
+        if node.op_type == "Add":
+            shortcut = _shortcut(node, producer, kernels)
+            uses.append(Use(node.input[shortcut], node.name, shortcut))
+    return uses
+
+
+def _shortcut(add: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto], kernels: dict[str, tuple[int, ...]]) -> int:
+    """Which input of a residual Add is the shortcut: the one that is no convolution, or else the 1×1 convolution."""
+
+    def is_main(name: str) -> bool:
+        node = producer.get(name)
+        return node is not None and node.op_type == "Conv" and kernels.get(node.input[1]) != (1, 1)
+
+    main = [is_main(name) for name in add.input]
+    if sum(main) != 1:
+        raise InputError(
+            f"cannot tell the shortcut of the Add node {add.name}: wanted one k×k convolution among its two inputs, "
+            f"found {sum(main)}"
+        )
+    return main.index(False)
+
+
+def activations(model: onnx.ModelProto) -> list[str]:
+    """The names of the tensors whose ranges are needed, each once."""
+    return list(dict.fromkeys(use.tensor for use in placement(model)))
+
+
+def quantise(model: onnx.ModelProto, ranges: Mapping[str, float]) -> onnx.ModelProto:
+    """The float model with Q/DQ pairs; `ranges` gives the largest magnitude of every tensor of `activations`."""
+    uses = placement(model)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    del graph.value_info[:]
+    nodes = {node.name: node for node in graph.node}
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    pairs: dict[str, list[onnx.NodeProto]] = {}
+
+    for use in uses:
+        if use.tensor not in pairs:
+            scale = np.float32(max(ranges[use.tensor], 1e-8) / 127)
+            pairs[use.tensor] = _pair(graph, use.tensor, np.asarray(scale), None)
+        nodes[use.node].input[use.input] = pairs[use.tensor][1].output[0]
+    for node in nodes.values():
+        if node.op_type == "Conv" and not in_head(node):
+            name = node.input[1]
+            if name not in pairs:
+                largest = np.abs(weights[name]).reshape(len(weights[name]), -1).max(1)
+                scale = (np.maximum(largest, 1e-8) / 127).astype(np.float32)
+                pairs[name] = _pair(graph, name, scale, axis=0)
+            node.input[1] = pairs[name][1].output[0]
+
+    _insert(graph, pairs)
+    onnx.checker.check_model(result, full_check=True)
+    return result
+
+
+def describe(model: onnx.ModelProto) -> str:
+    """The placement as text, one quantised input per line, for review and for the golden test."""
+    return "\n".join(f"{use.node} input {use.input} <- {use.tensor}" for use in placement(model)) + "\n"
+
+
+def _pair(graph: onnx.GraphProto, tensor: str, scale: np.ndarray, axis: int | None) -> list[onnx.NodeProto]:
+    zero = np.zeros(scale.shape, np.int8)
+    constants = [f"{tensor}/scale", f"{tensor}/zero_point"]
+    graph.initializer.append(numpy_helper.from_array(scale, constants[0]))
+    graph.initializer.append(numpy_helper.from_array(zero, constants[1]))
+    attributes = {} if axis is None else {"axis": axis}
+    quantised, restored = f"{tensor}/int8", f"{tensor}/dequantised"
+    return [
+        helper.make_node("QuantizeLinear", [tensor, *constants], [quantised], f"{tensor}/Q", **attributes),
+        helper.make_node("DequantizeLinear", [quantised, *constants], [restored], f"{tensor}/DQ", **attributes),
+    ]
+
+
+def _insert(graph: onnx.GraphProto, pairs: dict[str, list[onnx.NodeProto]]) -> None:
+    """Put every pair right after the node that makes its tensor: an ONNX graph is sorted."""
+    ordered: list[onnx.NodeProto] = []
+    made = {value.name for value in (*graph.input, *graph.initializer)}
+    for tensor in [name for name in pairs if name in made]:
+        ordered += pairs[tensor]
+    for node in graph.node:
+        ordered.append(node)
+        for output in node.output:
+            ordered += pairs.get(output, [])
+    replace_nodes(graph, ordered)
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """Make `nodes`, some of them from this graph, the nodes of the graph in this order."""
+    copies = []
+    for node in nodes:
+        copies.append(onnx.NodeProto())
+        copies[-1].CopyFrom(node)
+    del graph.node[:]
+    graph.node.extend(copies)

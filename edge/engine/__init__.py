@@ -1,0 +1,24 @@
+"""Inference engines. This is the only place that knows the backends, and it imports each one when it is asked for."""
+
+from stpm.edge.bundle import Bundle
+from stpm.edge.engine.base import Engine, Inference
+from stpm.edge.errors import EngineError
+
+__all__ = ["BACKENDS", "Engine", "Inference", "open_engine"]
+
+BACKENDS = ("openvino", "fake")
+
+
+def open_engine(bundle: Bundle, backend: str = "auto") -> Engine:
+    """Load the bundle into a backend; "auto" takes the one that the bundle was compiled for."""
+    if backend == "auto":
+        backend = next((name for name in BACKENDS if name in bundle.manifest.engines), BACKENDS[0])
+    if backend == "fake":
+        from stpm.edge.engine.fake import FakeEngine
+
+        return FakeEngine.of(bundle)
+    if backend == "openvino":
+        from stpm.edge.engine.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(bundle)
+    raise EngineError(f"wanted a backend out of {', '.join(BACKENDS)}, found {backend!r}: choose one of these")

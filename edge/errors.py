@@ -1,0 +1,51 @@
+"""What can go wrong, split by who can put it right. Every class carries the exit code of the command it ends.
+
+    StpmError              1   anything that fits nowhere below
+    ├── InputError         3   images, folders, masks, weights: the caller's files
+    ├── BundleError        4   a bundle that is missing, damaged, or of another schema
+    ├── EngineError        5   the inference engine cannot be opened or failed
+    │   └── SelfTestError  5   the engine's answers differ from the golden frames
+    ├── CameraError        6   the frame source does not open or has stopped
+    ├── PlcError           7   the serial link does not open or has stopped
+    ├── StorageError       8   disk full, quota reached, or no permission to write
+    └── TrainingError      9   the loss is not a number
+
+0 is success (for stpm-run also a stop by Ctrl-C or SIGTERM), 2 a wrong command line, 130 an interrupted build.
+A message is one sentence: what was wanted, what was found, what to do next.
+"""
+
+
+class StpmError(Exception):
+    exit_code = 1
+
+
+class InputError(StpmError):
+    exit_code = 3
+
+
+class BundleError(StpmError):
+    exit_code = 4
+
+
+class EngineError(StpmError):
+    exit_code = 5
+
+
+class SelfTestError(EngineError):
+    pass
+
+
+class CameraError(StpmError):
+    exit_code = 6
+
+
+class PlcError(StpmError):
+    exit_code = 7
+
+
+class StorageError(StpmError):
+    exit_code = 8
+
+
+class TrainingError(StpmError):
+    exit_code = 9

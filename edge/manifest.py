@@ -1,0 +1,120 @@
+"""What a bundle says of itself: manifest.json, schema 1. Read strictly: an unknown or missing field is an error."""
+
+from typing import Literal
+
+import msgspec
+from stpm.edge.errors import BundleError
+from stpm.edge.preprocess import Preprocess
+
+SCHEMA = 1
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class EngineFiles(_Strict):
+    """The compiled files of one backend and the device they were compiled for ("CPU", or a GPU with SM and driver)."""
+
+    main: str
+    device: str
+
+
+class Weights(_Strict):
+    source: str
+    sha256: str  # over the tensors, not the file: see build/pyramid.py
+
+
+class Training(_Strict):
+    normals: int
+    held_out: int
+    unreadable: list[str]
+    images_sha256: str
+    settings: dict[str, int | float]
+    best_epoch: int | None  # None when the student was given
+
+
+class Calibration(_Strict):
+    observer: str
+    images: int
+    ranges_sha256: str
+
+
+class Threshold(_Strict):
+    """A part whose score is above `value` fails."""
+
+    value: float
+    rule: str
+    false_reject_rate: float | None  # what the rule can promise on parts like the held-out normals
+    normals: int
+
+
+class ThresholdChange(_Strict):
+    at: str  # UTC, ISO 8601
+    by: str
+    before: float
+    after: float
+    reason: str
+
+
+class Accuracy(_Strict):
+    """Measured through the engine in this bundle. None: not defined on the images that were given."""
+
+    images: int
+    image_auroc: float | None
+    pixel_auroc: float | None
+    aupro: float | None  # per-region overlap, integrated to a false-positive rate of 30 % and divided by it
+
+
+class Golden(_Strict):
+    """The file with the golden frames; an engine may differ from their scores by this share, and the same share of
+    the map's maximum at any pixel."""
+
+    file: str
+    tolerance: float
+
+
+class Manifest(_Strict):
+    schema: int
+    category: str
+    method: str
+    taps: list[str]
+    precision: Precision
+    preprocess: Preprocess
+    created: str
+    graph: str
+    engines: dict[str, EngineFiles]
+    golden: Golden
+    teacher: Weights
+    student: Weights
+    training: Training
+    calibration: Calibration | None
+    threshold: Threshold
+    threshold_changes: list[ThresholdChange]
+    accuracy: Accuracy | None
+    versions: dict[str, str]
+    files: dict[str, str]  # name → sha256 of every other file in the folder
+
+
+class _SchemaOnly(msgspec.Struct):
+    schema: int
+
+
+def encode(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode(content: bytes, source: str) -> Manifest:
+    """The manifest in `content`; BundleError when it is not one of schema 1. `source` names it in messages."""
+    try:
+        schema = msgspec.json.decode(content, type=_SchemaOnly).schema
+        if schema != SCHEMA:
+            raise BundleError(
+                f"{source} has schema {schema} and this version reads schema {SCHEMA}: "
+                "build the bundle again with `stpm-build`, or install the version that made it"
+            )
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{source} is damaged ({error}): copy the bundle again or build it again") from error

@@ -1,0 +1,73 @@
+"""Writing that leaves either the whole thing or nothing."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stpm.edge.errors import StorageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    """OSErrors of writing to `target` as StorageError with a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageError(
+                f"no space left while writing {target} ({error.strerror}): free some space and run the command again; "
+                "nothing half-written was left"
+            ) from error
+        raise StorageError(f"cannot write {target} ({error.strerror}): check the path and its permissions") from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the name `target` when the block ends well and is deleted when it does not.
+
+    An earlier folder of that name is replaced: between two renames there is a moment without either, never one
+    with a mixture.
+    """
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    previous = target.with_name(f".{target.name}.previous-{os.getpid()}")
+    with storage_errors(target):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    _flush(path)
+            if target.exists():
+                os.rename(target, previous)
+            os.rename(partial, target)
+            _flush(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if previous.exists() and not target.exists():
+                os.rename(previous, target)
+            shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_file(target: Path, content: bytes) -> None:
+    """Replace one file at once: temporary file, fsync, rename."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    with storage_errors(target):
+        try:
+            partial.write_bytes(content)
+            _flush(partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
