@@ -15,7 +15,7 @@ from stpm.build.compile import compile_openvino
 from stpm.build.export import check_parity, export_graph
 from stpm.build.methods import METHODS
 from stpm.build.pyramid import Pyramid, weights_hash
-from stpm.build.steps import Steps
+from stpm.build.steps import Inputs, Steps
 from stpm.build.train import Recipe, split, train
 from stpm.build.weights import load_into, load_teacher, read_weights, write_weights
 from stpm.calibration.dataset import Dataset, Images, find_dataset, load_normals
@@ -186,7 +186,6 @@ def _graph_step(
     job: Job, material: Material, precision: Precision, observer: str, calibration: np.ndarray
 ) -> tuple[onnx.ModelProto, Calibration | None]:
     pixels = material.normals.pixels[calibration]
-    facts: dict[str, object] = {}
 
     def produce(folder: Path) -> None:
         method, spec = METHODS[job.method], job.preprocess
@@ -206,7 +205,7 @@ def _graph_step(
             graph = quantise(graph, ranges)
         onnx.save(graph, folder / "graph.onnx")
 
-    inputs = {
+    inputs: Inputs = {
         "method": job.method,
         "precision": precision,
         "preprocess": msgspec.json.encode(job.preprocess).decode(),
@@ -224,12 +223,11 @@ def _graph_step(
 
 def _threshold(scores: np.ndarray, false_reject_rate: float) -> Threshold:
     threshold = conformal(scores, false_reject_rate)
-    assert threshold.false_reject_rate is not None
-    if threshold.false_reject_rate > false_reject_rate:
+    if threshold.false_reject_rate is not None and threshold.false_reject_rate > false_reject_rate:
         print(
             f"WARNING: {len(scores)} held-out normals can promise a false-reject rate of "
             f"{threshold.false_reject_rate:.1%}, not of {false_reject_rate:.1%}; that takes "
-            f"{normals_needed(false_reject_rate)} held-out normals. The threshold is their highest score.",
+            f"{normals_needed(false_reject_rate)}. The threshold is their highest score.",
             flush=True,
         )
     return threshold

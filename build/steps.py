@@ -11,7 +11,7 @@ import msgspec
 from stpm.edge.errors import StorageError
 from stpm.edge.storage import storage_errors
 
-Inputs = dict[str, str | int | float | None | list[str]]
+Inputs = dict[str, str | int | float | list[str] | None]
 
 
 class Steps:

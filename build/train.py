@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import torch
 from stpm.build.methods.base import Features, Method
-from stpm.build.pyramid import Pyramid
+from stpm.build.pyramid import Pyramid, channels_last
 from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Image, Preprocess
 from torch import nn
@@ -89,11 +89,11 @@ def train(
 
     Returns the student of the epoch with the lowest validation score. A loss that is not finite: TrainingError.
     """
-    teacher = teacher.to(memory_format=torch.channels_last)
+    teacher = channels_last(teacher)
     training, held_out = split(len(pixels), recipe)
     train_set = Images(pixels[training], preprocess, method, teacher, "teacher, training images")
     validation_set = Images(pixels[held_out], preprocess, method, teacher, "teacher, held-out images")
-    student = method.new_student(recipe.seed).to(memory_format=torch.channels_last)
+    student = channels_last(method.new_student(recipe.seed))
     optimiser = torch.optim.SGD(
         student.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
     )

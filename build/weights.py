@@ -3,6 +3,7 @@
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -75,12 +76,12 @@ def read_weights(path: Path) -> State:
 
 def write_weights(path: Path, state: State, dtype: type = np.float32) -> None:
     """The tensors as an .npz file, without the batch counters that only training needs."""
-    arrays = {
+    arrays: dict[str, Any] = {
         name: value.detach().numpy().astype(dtype)
         for name, value in state.items()
         if "num_batches_tracked" not in name
     }
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    np.savez(path, **arrays)
 
 
 def _download_imagenet() -> State:

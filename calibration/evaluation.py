@@ -34,7 +34,10 @@ class Evaluation:
 
 
 def infer_all(engine: Engine, pixels: Image, preprocess: Preprocess, title: str) -> tuple[Array, Array]:
-    """Maps float32 N×H×W and scores float32 N of resized images uint8 N×H×W×3. A score that is not finite: EngineError."""
+    """Maps float32 N×H×W and scores float32 N of resized images uint8 N×H×W×3.
+
+    A score that is not finite is an EngineError.
+    """
     maps = np.empty(pixels.shape[:3], np.float32)
     scores = np.empty(len(pixels), np.float32)
     for index in tqdm(range(len(pixels)), desc=title, unit="image", disable=None, leave=False):

@@ -1,7 +1,8 @@
 """Q/DQ placement: the INT8 precision is written into the graph, for OpenVINO and TensorRT alike.
 
 Rules (TensorRT 8.5 to 11 fuse INT8 convolutions only under all of them):
-  - the input of every convolution is quantised per tensor, its weight per output channel (axis 0), its bias stays float
+  - the input of every convolution is quantised per tensor, its weight per output channel (axis 0);
+    its bias stays float
   - nothing between a convolution and its ReLU, nor between the main branch and the Add
   - the shortcut input of every Add is quantised, so that the fused conv + add + ReLU writes INT8
   - one shared Q/DQ pair per tensor; symmetric int8, zero points 0, float32 scales; weights as float → Q → DQ
@@ -10,6 +11,7 @@ The head stays float32: it divides by lengths and multiplies small differences.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -115,7 +117,7 @@ def _pair(graph: onnx.GraphProto, tensor: str, scale: np.ndarray, axis: int | No
     constants = [f"{tensor}/scale", f"{tensor}/zero_point"]
     graph.initializer.append(numpy_helper.from_array(scale, constants[0]))
     graph.initializer.append(numpy_helper.from_array(zero, constants[1]))
-    attributes = {} if axis is None else {"axis": axis}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     quantised, restored = f"{tensor}/int8", f"{tensor}/dequantised"
     return [
         helper.make_node("QuantizeLinear", [tensor, *constants], [quantised], f"{tensor}/Q", **attributes),

@@ -11,23 +11,19 @@ SCHEMA = 1
 Precision = Literal["fp32", "fp16", "int8"]
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
-class EngineFiles(_Strict):
+class EngineFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The compiled files of one backend and the device they were compiled for ("CPU", or a GPU with SM and driver)."""
 
     main: str
     device: str
 
 
-class Weights(_Strict):
+class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     sha256: str  # over the tensors, not the file: see build/pyramid.py
 
 
-class Training(_Strict):
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     normals: int
     held_out: int
     unreadable: list[str]
@@ -36,13 +32,13 @@ class Training(_Strict):
     best_epoch: int | None  # None when the student was given
 
 
-class Calibration(_Strict):
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     observer: str
     images: int
     ranges_sha256: str
 
 
-class Threshold(_Strict):
+class Threshold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part whose score is above `value` fails."""
 
     value: float
@@ -51,7 +47,7 @@ class Threshold(_Strict):
     normals: int
 
 
-class ThresholdChange(_Strict):
+class ThresholdChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     at: str  # UTC, ISO 8601
     by: str
     before: float
@@ -59,7 +55,7 @@ class ThresholdChange(_Strict):
     reason: str
 
 
-class Accuracy(_Strict):
+class Accuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Measured through the engine in this bundle. None: not defined on the images that were given."""
 
     images: int
@@ -68,7 +64,7 @@ class Accuracy(_Strict):
     aupro: float | None  # per-region overlap, integrated to a false-positive rate of 30 % and divided by it
 
 
-class Golden(_Strict):
+class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file with the golden frames; an engine may differ from their scores by this share, and the same share of
     the map's maximum at any pixel."""
 
@@ -76,7 +72,7 @@ class Golden(_Strict):
     tolerance: float
 
 
-class Manifest(_Strict):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: int
     category: str
     method: str

@@ -21,14 +21,16 @@ def level_map(teacher: Array, student: Array) -> Array:
     t, s = teacher.astype(np.float64), student.astype(np.float64)
     tt, ss, ts = (t * t).sum(0), (s * s).sum(0), (t * s).sum(0)
     cosine = (ts + EPS) / (np.sqrt(tt + EPS) * np.sqrt(ss + EPS))
-    return np.maximum(1 - cosine, 0).astype(np.float32)
+    level: Array = np.maximum(1 - cosine, 0).astype(np.float32)
+    return level
 
 
 def upsample(level: Array, height: int, width: int) -> Array:
     """h×w → height×width, bilinear with half-pixel centres, the border repeated."""
     rows = _interpolation(level.shape[0], height)
     columns = _interpolation(level.shape[1], width)
-    return (rows @ level.astype(np.float64) @ columns.T).astype(np.float32)
+    larger: Array = (rows @ level.astype(np.float64) @ columns.T).astype(np.float32)
+    return larger
 
 
 def anomaly_map(levels: list[Array], height: int, width: int) -> Array:

@@ -18,13 +18,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from stpm.build.pyramid import Pyramid, channels_last, weights_hash
+from stpm.build.weights import write_weights
+from stpm.edge.preprocess import Image, Preprocess
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-from stpm.build.pyramid import Pyramid, weights_hash
-from stpm.build.weights import write_weights
-from stpm.edge.preprocess import Image, Preprocess
 
 CLASSES = 240
 SIZE = 96
@@ -191,9 +190,9 @@ def draw(label: int, seed: int) -> Image:
 
 def _photographed(image: Image, instance: np.random.Generator) -> Image:
     turn = cv2.getRotationMatrix2D((DRAWN / 2, DRAWN / 2), instance.uniform(-25, 25), instance.uniform(0.85, 1.3))
-    image = cv2.warpAffine(image, turn, (DRAWN, DRAWN), borderMode=cv2.BORDER_REFLECT)
+    turned = cv2.warpAffine(image, turn, (DRAWN, DRAWN), borderMode=cv2.BORDER_REFLECT)
     top, left = instance.integers(0, DRAWN - SIZE, 2)
-    crop = image[top : top + SIZE, left : left + SIZE].astype(np.float32)
+    crop = turned[top : top + SIZE, left : left + SIZE].astype(np.float32)
     y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]
     light = 1 + instance.uniform(-0.3, 0.3) * x + instance.uniform(-0.3, 0.3) * y
     crop = crop * light[:, :, None] * instance.uniform(0.7, 1.25) + instance.uniform(-25, 25)
@@ -226,7 +225,7 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pyramid = Pyramid()
+        self.pyramid = channels_last(Pyramid())
         self.answer = nn.Linear(64 + 128 + 256, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -248,7 +247,7 @@ def main() -> None:
     chosen = options.parse_args()
     torch.manual_seed(chosen.seed)
     labels = np.random.default_rng(chosen.seed).integers(0, CLASSES, (chosen.steps, chosen.batch))
-    model = Classifier().to(memory_format=torch.channels_last)
+    model = Classifier()
     optimiser = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.2, chosen.steps)
     progress = tqdm(range(chosen.steps), unit="step", mininterval=5)

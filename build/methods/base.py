@@ -11,7 +11,10 @@ Features = list[torch.Tensor]
 
 class Method(Protocol):
     name: str
-    taps: tuple[str, ...]
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The layers whose features are compared."""
 
     def new_student(self, seed: int) -> Pyramid:
         """A student with fresh weights, the same for the same seed."""

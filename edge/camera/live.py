@@ -9,6 +9,7 @@ import time
 import cv2
 from stpm.edge.camera.base import Frame
 from stpm.edge.errors import CameraError
+from stpm.edge.preprocess import Image
 
 SILENCE_S = 5.0
 
@@ -57,15 +58,9 @@ class LiveCamera:
 
     def _pump(self) -> None:
         while not self._stopping.is_set():
-            try:
-                good, image = self._capture.read()
-            except cv2.error as error:
-                good, image = False, None
-                failure = f"failed in OpenCV ({error.err})"
-            else:
-                failure = "has stopped delivering frames"
+            image, failure = self._grab()
             with self._arrived:
-                if not good:
+                if image is None:
                     self._failure = failure
                 elif not self._stopping.is_set():
                     self._last_ns = time.monotonic_ns()
@@ -73,5 +68,14 @@ class LiveCamera:
                     self.dropped += self._newest is not None
                     self._newest = Frame(self.captured, self._last_ns, str(self.captured), image)
                 self._arrived.notify()
-            if not good:
+            if image is None:
                 return
+
+    def _grab(self) -> tuple[Image | None, str]:
+        try:
+            good, image = self._capture.read()
+        except cv2.error as error:
+            return None, f"failed in OpenCV ({error.err})"
+        if not good or image is None:
+            return None, "has stopped delivering frames"
+        return image.astype("uint8", copy=False), ""

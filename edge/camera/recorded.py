@@ -30,7 +30,10 @@ class Pace:
 
 
 class FolderCamera:
-    """The images of a folder and of its sub-folders, by path. A file that cannot be decoded is a frame with a problem."""
+    """The images of a folder and of its sub-folders, by path.
+
+    A file that cannot be decoded is a frame with a problem.
+    """
 
     dropped = 0
 

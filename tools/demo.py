@@ -1,0 +1,108 @@
+"""The main job from end to end, on drawn parts: train, build INT8, run against a simulated PLC, show what came of it.
+
+python -m stpm.tools.demo --out demo
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from stpm.tools.parts import write_dataset
+from stpm.tools.plc_sim import PtyPlc
+
+CATEGORY = "bushing"
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=Path("demo"))
+    options.add_argument("--good", type=int, default=60)
+    options.add_argument("--test", type=int, default=24)
+    options.add_argument("--epochs", type=int, default=24)
+    chosen = options.parse_args()
+    out, started = chosen.out, time.monotonic()
+    data, bundle = out / "data", out / f"{CATEGORY}-int8"
+
+    say(f"1/4  drawing {chosen.good} good parts to learn from, and {2 * chosen.test} parts to judge")
+    write_dataset(data, CATEGORY, chosen.good, chosen.test)
+
+    say("2/4  stpm-build: train the student, quantise both networks to INT8, compile for OpenVINO, pack the bundle")
+    run(
+        "stpm.build.cli",
+        "--engine",
+        "int8",
+        "--category",
+        CATEGORY,
+        "--data",
+        data,
+        "--teacher",
+        "builtin",
+        "--epochs",
+        chosen.epochs,
+        "--false-reject-rate",
+        0.08,
+        "--out",
+        bundle,
+        "--work",
+        out / "steps",
+    )
+
+    say("3/4  stpm-run: judge the parts and tell a simulated PLC on a pseudo-terminal")
+    results = out / "results"
+    (results / "parts.jsonl").unlink(missing_ok=True)
+    with PtyPlc() as plc:
+        run(
+            "stpm.edge.cli",
+            "--bundle",
+            bundle,
+            "--camera",
+            data / CATEGORY / "test",
+            "--plc",
+            plc.port,
+            "--results",
+            results,
+            "--quiet",
+        )
+    print(plc.gate.summary())
+
+    say("4/4  what came of it")
+    print(outcome(results / "parts.jsonl", set(plc.gate.passed)))
+    run("stpm.tools.evaluate", "--bundle", bundle, "--data", data, "--out", out / "report")
+    print(
+        f"\nlook at {out / 'report' / 'overview.png'} and {results / 'rejects'}/*.png   "
+        f"({time.monotonic() - started:.0f} s)"
+    )
+    return 0
+
+
+def outcome(parts: Path, let_through: set[int]) -> str:
+    """Per kind of part: how many came, and how many the gate let through."""
+    came: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    for line in parts.read_text().splitlines():
+        part = json.loads(line)
+        kind = Path(part["name"]).parent.name
+        came[kind] += 1
+        passed[kind] += part["id"] in let_through
+    rows = [f"{'part':<16}{'came':>6}{'let through':>13}{'rejected':>10}"]
+    rows += [f"{kind:<16}{came[kind]:>6}{passed[kind]:>13}{came[kind] - passed[kind]:>10}" for kind in sorted(came)]
+    return "\n".join(rows) + "\n"
+
+
+def run(module: str, *arguments: object) -> None:
+    """A command of this project in its own process; the demonstration ends when it fails."""
+    finished = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
