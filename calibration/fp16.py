@@ -19,7 +19,9 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     result.CopyFrom(model)
     graph = result.graph
     del graph.value_info[:]
-    networks = [node for node in graph.node if not in_head(node)]
+    # the exporter names some of the head's constants after nothing; the networks have none
+    heads = [node for node in graph.node if in_head(node) or node.op_type == "Constant"]
+    networks = [node for node in graph.node if node not in heads]
     used = {name for node in networks for name in node.input}
     for tensor in graph.initializer:
         if tensor.name in used and tensor.data_type == TensorProto.FLOAT:
@@ -30,16 +32,18 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
     image = graph.input[0].name
     made = {output for node in networks for output in node.output}
-    taps = dict.fromkeys(name for node in graph.node if in_head(node) for name in node.input if name in made)
+    taps = dict.fromkeys(name for node in heads for name in node.input if name in made)
     to_half = helper.make_node("Cast", [image], [f"{image}/fp16"], f"{image}/Cast", to=TensorProto.FLOAT16)
     to_float = [helper.make_node("Cast", [tap], [f"{tap}/fp32"], f"{tap}/Cast", to=TensorProto.FLOAT) for tap in taps]
-    for node in graph.node:
-        for index, name in enumerate(node.input):
-            if not in_head(node) and name == image:
-                node.input[index] = f"{image}/fp16"
-            if in_head(node) and name in taps:
-                node.input[index] = f"{name}/fp32"
-    heads = [node for node in graph.node if in_head(node)]
+    for node in networks:
+        _rename_inputs(node, {image: f"{image}/fp16"})
+    for node in heads:
+        _rename_inputs(node, {tap: f"{tap}/fp32" for tap in taps})
     replace_nodes(graph, [to_half, *networks, *to_float, *heads])
     onnx.checker.check_model(result, full_check=True)
     return result
+
+
+def _rename_inputs(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    for index, name in enumerate(node.input):
+        node.input[index] = names.get(name, name)

@@ -1,0 +1,83 @@
+"""Shared fixtures. Every test fails that leaves a thread or an open file behind."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from stpm.build.cli import build_main
+from stpm.edge.bundle import Bundle, open_bundle
+from stpm.tools.parts import write_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(request: pytest.FixtureRequest):
+    if "bundles" in request.fixturenames:
+        request.getfixturevalue("bundles")  # engines keep pools of threads: let them start before counting
+    threads = set(threading.enumerate())
+    files = _open_files()
+    yield
+    deadline = time.monotonic() + 2
+    while set(threading.enumerate()) - threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - threads
+    assert not _open_files() - files
+
+
+def _open_files() -> set[str]:
+    """The devices, terminals and regular files that are open, and where each handle points."""
+    found = set()
+    for handle in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(handle)
+        except FileNotFoundError:
+            continue
+        if target.startswith(("/dev/pts", "/dev/ptmx", "/tmp")) and "pytest" not in Path(target).name:
+            found.add(f"{handle.name} {target}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of drawn bushings in the MVTec layout: ROOT/bushing."""
+    root = tmp_path_factory.mktemp("parts")
+    write_dataset(root, "bushing", good=16, test=4)
+    return root
+
+
+@pytest.fixture(scope="session")
+def bundles(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """fp32, fp16 and int8 bundles of one student, trained for two epochs only; made by stpm-build itself."""
+    out = tmp_path_factory.mktemp("bundles")
+    made = {}
+    for precision in ("fp32", "fp16", "int8"):
+        command = [
+            "--engine",
+            precision,
+            "--category",
+            "bushing",
+            "--data",
+            parts,
+            "--teacher",
+            "builtin",
+            "--epochs",
+            2,
+            "--batch",
+            8,
+            "--work",
+            out / "work",
+            "--out",
+            out / precision,
+        ]
+        assert build_main([str(word) for word in command]) == 0
+        made[precision] = open_bundle(out / precision)
+    return made
+
+
+@pytest.fixture
+def bundle(bundles: dict[str, Bundle]) -> Bundle:
+    return bundles["int8"]

@@ -1,0 +1,157 @@
+"""Contract 5: what every engine must do, run over all of them."""
+
+import numpy as np
+import pytest
+
+from stpm.edge.engine import Inference, open_engine
+from stpm.edge.engine.fake import FakeEngine
+from stpm.edge.errors import EngineError, SelfTestError
+from stpm.edge.selftest import self_test
+
+ENGINES = [("openvino", "fp32"), ("openvino", "fp16"), ("openvino", "int8"), ("fake", "int8")]
+
+
+@pytest.fixture(params=ENGINES, ids="-".join)
+def opened(request, bundles):
+    backend, precision = request.param
+    with open_engine(bundles[precision], backend) as engine:
+        yield bundles[precision], engine
+
+
+def test_passes_its_self_test(opened):
+    bundle, engine = opened
+    assert self_test(bundle, engine) <= 1e-4  # the machine that built it
+
+
+def test_answers_have_the_promised_shape_and_the_score_is_the_maximum(opened):
+    bundle, engine = opened
+    engine.warm_up()
+    frames = bundle.golden().frames
+    batch = np.concatenate([bundle.manifest.preprocess(frame) for frame in frames])
+    found = engine.infer(batch)
+    assert found.maps.shape == (3, 256, 256)
+    assert found.maps.dtype == found.scores.dtype == np.float32
+    np.testing.assert_allclose(found.maps.max((1, 2)), found.scores, rtol=1e-6)
+    assert (found.maps >= 0).all()
+    single = engine.infer(batch[1:2])
+    np.testing.assert_allclose(single.maps[0], found.maps[1], atol=1e-6)
+
+
+def test_answers_belong_to_the_caller(opened):
+    bundle, engine = opened
+    frames = bundle.golden().frames
+    first = engine.infer(bundle.manifest.preprocess(frames[0]))
+    kept = first.maps.copy()
+    engine.infer(bundle.manifest.preprocess(frames[2]))
+    np.testing.assert_array_equal(first.maps, kept)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        np.zeros((1, 3, 256, 255), np.float32),
+        np.zeros((1, 3, 256, 256), np.float64),
+        np.zeros((3, 256, 256), np.float32),
+        np.zeros((0, 3, 256, 256), np.float32),
+        np.zeros((1, 256, 256, 3), np.float32).transpose(0, 3, 1, 2),
+        None,
+    ],
+    ids=["size", "dtype", "no batch", "empty", "strided", "none"],
+)
+def test_a_wrong_input_is_an_engine_error(opened, tensor):
+    with pytest.raises(EngineError, match="wanted a contiguous float32"):
+        opened[1].infer(tensor)
+
+
+def test_closing_twice_is_fine_and_inference_afterwards_is_an_error(opened):
+    bundle, engine = opened
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.infer(np.zeros((1, 3, 256, 256), np.float32))
+
+
+def test_describes_itself(opened):
+    assert {"backend", "device"} <= set(opened[1].describe())
+
+
+def test_profile_divides_an_inference(opened):
+    bundle, engine = opened
+    inside = engine.profile(bundle.manifest.preprocess(bundle.golden().frames[0]))
+    assert set(inside) == {"pyramids", "head"}
+    if engine.describe()["backend"] == "openvino":
+        assert inside["pyramids"] > 0
+        assert inside["head"] > 0
+
+
+def test_engine_computes_the_score_of_the_definition(bundles):
+    """The head in the fp32 graph against edge/score.py, on the features that torch computes."""
+    import torch
+
+    from stpm.build.pyramid import Pyramid
+    from stpm.build.weights import load_into, load_teacher, read_weights
+    from stpm.edge.score import anomaly_map, level_map
+
+    bundle = bundles["fp32"]
+    teacher, student = load_teacher("builtin", ("layer1", "layer2", "layer3")), Pyramid()
+    step = next(bundle.path.parent.glob("work/train-*/student.npz"))
+    load_into(student, read_weights(step), "test")
+    tensor = bundle.manifest.preprocess(bundle.golden().frames[2])
+    with torch.inference_mode():
+        pairs = zip(teacher(torch.from_numpy(tensor)), student.eval()(torch.from_numpy(tensor)), strict=True)
+        levels = [level_map(t[0].numpy(), s[0].numpy()) for t, s in pairs]
+    wanted = anomaly_map(levels, 256, 256)
+    with open_engine(bundle) as engine:
+        found = engine.infer(tensor).maps[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-3 * wanted.max())
+
+
+def test_low_precision_agrees_with_fp32(bundles):
+    maps = {}
+    for precision, bundle in bundles.items():
+        with open_engine(bundle) as engine:
+            maps[precision] = engine.infer(bundle.manifest.preprocess(bundles["fp32"].golden().frames[2])).maps.ravel()
+    assert np.corrcoef(maps["fp32"], maps["fp16"])[0, 1] > 0.9999
+    assert np.corrcoef(maps["fp32"], maps["int8"])[0, 1] > 0.98
+    assert not np.array_equal(maps["fp32"], maps["int8"])
+
+
+def scaled(bundle, factor):
+    """An engine whose answers to the golden frames are all off by a factor."""
+    golden = bundle.golden()
+    known = {
+        bundle.manifest.preprocess(frame).tobytes(): Inference(
+            golden.maps[index : index + 1] * factor, golden.scores[index : index + 1] * factor
+        )
+        for index, frame in enumerate(golden.frames)
+    }
+    return FakeEngine([], known=known)
+
+
+def test_self_test_allows_the_tolerance_and_no_more(bundle):
+    tolerance = bundle.manifest.golden.tolerance
+    assert self_test(bundle, scaled(bundle, np.float32(1 + 0.95 * tolerance))) == pytest.approx(
+        0.95 * tolerance, rel=0.01
+    )
+    for wrong in (1 + 1.05 * tolerance, 1 - 1.05 * tolerance, float("nan")):
+        with pytest.raises(SelfTestError, match="golden frame 0"):
+            self_test(bundle, scaled(bundle, np.float32(wrong)))
+
+
+def test_self_test_looks_at_the_map_too(bundle):
+    golden = bundle.golden()
+    maps = golden.maps.copy()
+    maps[1, 5, 5] = golden.scores[1] * 0.9
+    known = {
+        bundle.manifest.preprocess(frame).tobytes(): Inference(
+            maps[index : index + 1], golden.scores[index : index + 1]
+        )
+        for index, frame in enumerate(golden.frames)
+    }
+    with pytest.raises(SelfTestError, match="golden frame 1"):
+        self_test(bundle, FakeEngine([], known=known))
+
+
+def test_unknown_backend_is_refused_by_name(bundle):
+    with pytest.raises(EngineError, match="'abacus'"):
+        open_engine(bundle, "abacus")

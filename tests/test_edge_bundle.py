@@ -1,0 +1,96 @@
+"""Contract 4: a damaged bundle is never opened."""
+
+import shutil
+
+import msgspec
+import pytest
+
+from stpm.edge import manifest as manifests
+from stpm.edge.bundle import MANIFEST, find_bundle, open_bundle
+from stpm.edge.errors import BundleError
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return shutil.copytree(bundle.path, tmp_path / "copy")
+
+
+def test_a_good_copy_opens_with_the_same_hash(bundle, copy):
+    assert open_bundle(copy).sha256 == bundle.sha256
+
+
+@pytest.mark.parametrize("name", ["int8.onnx", "openvino.xml", "openvino.bin", "golden.npz"])
+def test_one_flipped_bit_in_any_file_is_noticed_and_named(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+        open_bundle(copy)
+
+
+def test_every_file_but_the_manifest_is_covered_by_a_hash(copy):
+    assert {file.name for file in copy.iterdir()} - {MANIFEST} == set(open_bundle(copy).manifest.files)
+
+
+def test_missing_and_added_files_are_noticed(copy):
+    (copy / "extra").write_text("x")
+    with pytest.raises(BundleError, match="extra"):
+        open_bundle(copy)
+    (copy / "extra").unlink()
+    (copy / "openvino.bin").unlink()
+    with pytest.raises(BundleError, match=r"openvino\.bin"):
+        open_bundle(copy)
+
+
+def test_another_schema_is_refused_even_when_its_fields_are_unknown(copy):
+    (copy / MANIFEST).write_text('{"schema": 2, "novelty": true}')
+    with pytest.raises(BundleError, match="schema 2"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"threshold"', '"treshold"', 1),
+        lambda text: text.replace('"schema": 1', '"schema": "1"'),
+        lambda text: text.replace('"precision": "int8"', '"precision": "int7"'),
+        lambda text: "",
+    ],
+)
+def test_a_damaged_manifest_is_refused(copy, damage):
+    text = (copy / MANIFEST).read_text()
+    assert damage(text) != text
+    (copy / MANIFEST).write_text(damage(text))
+    with pytest.raises(BundleError, match="damaged"):
+        open_bundle(copy)
+
+
+def test_manifest_survives_the_round_trip(bundle):
+    assert manifests.decode(manifests.encode(bundle.manifest), "memory") == bundle.manifest
+
+
+def test_manifest_says_what_it_was_made_from(bundle):
+    manifest = bundle.manifest
+    assert manifest.teacher.source == "builtin"
+    assert len(manifest.teacher.sha256) == len(manifest.student.sha256) == 64
+    assert manifest.training.normals == 13
+    assert manifest.training.held_out == manifest.threshold.normals == 3
+    assert manifest.calibration is not None
+    assert manifest.calibration.images == 13
+    assert manifest.accuracy is not None
+    assert manifest.accuracy.images == 8
+    assert {"torch", "openvino", "numpy"} <= set(manifest.versions)
+    assert msgspec.to_builtins(manifest)["threshold_changes"] == []
+
+
+def test_find_bundle_takes_the_only_one_and_lists_several(copy):
+    root = copy.parent
+    assert find_bundle(root) == copy
+    shutil.copytree(copy, root / ".copy.partial-1")  # what a killed build leaves
+    assert find_bundle(root) == copy
+    shutil.copytree(copy, root / "second")
+    with pytest.raises(BundleError, match=r"2 bundles.*copy.*second"):
+        find_bundle(root)
+    with pytest.raises(BundleError, match="found none"):
+        find_bundle(root / "nowhere")
