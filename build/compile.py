@@ -1,5 +1,7 @@
 """From a graph to the files of a backend's engine."""
 
+import errno
+import shutil
 from pathlib import Path
 
 import onnx
@@ -21,12 +23,17 @@ def choose_backend(asked: str) -> str:
 
 
 def compile_openvino(graph: onnx.ModelProto, folder: Path) -> EngineFiles:
-    """OpenVINO's intermediate representation, openvino.xml and openvino.bin, the precision as in the graph."""
+    """OpenVINO's intermediate representation, openvino.xml and openvino.bin, the precision as in the graph.
+
+    A full disk is an OSError, as from any other write.
+    """
     source = folder / "source.onnx"
     onnx.save(graph, source)
     try:
         openvino.save_model(openvino.convert_model(source), folder / "openvino.xml", compress_to_fp16=False)
     except RuntimeError as error:
+        if shutil.disk_usage(folder).free < graph.ByteSize():
+            raise OSError(errno.ENOSPC, "No space left on device") from error
         raise EngineError(f"OpenVINO cannot convert the graph ({error})") from error
     finally:
         source.unlink()

@@ -4,8 +4,8 @@ The teacher's features do not change and nothing is augmented, so they are compu
 float16 when they fit the budget. Every epoch leaves a checkpoint from which the same run goes on.
 """
 
+import io
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from stpm.build.methods.base import Features, Method
 from stpm.build.pyramid import Pyramid, channels_last
 from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Image, Preprocess
+from stpm.edge.storage import write_file
 from torch import nn
 from tqdm import tqdm
 
@@ -169,6 +170,7 @@ def _validate(method: Method, student: nn.Module, images: Images, recipe: Recipe
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    # through memory, because torch reports a full disk as an internal error
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())

@@ -68,9 +68,8 @@ def read_weights(path: Path) -> State:
         EOFError,
         AttributeError,
     ) as error:
-        raise InputError(
-            f"cannot read the weights in {path}: {str(error).splitlines()[0]}; get the file again"
-        ) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"cannot read the weights in {path}: {reason}; get the file again") from error
     raise InputError(f"wanted a .npz, .pth or .safetensors file of weights, found {path}: convert it first")
 
 

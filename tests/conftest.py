@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
-
 from stpm.build.cli import build_main
 from stpm.edge.bundle import Bundle, open_bundle
 from stpm.tools.parts import write_dataset
+from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+# tqdm's monitor thread lives as long as the process
+tqdm.monitor_interval = 0
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from stpm.edge.engine import Inference, open_engine
 from stpm.edge.engine.fake import FakeEngine
 from stpm.edge.errors import EngineError, SelfTestError
@@ -64,7 +63,7 @@ def test_a_wrong_input_is_an_engine_error(opened, tensor):
 
 
 def test_closing_twice_is_fine_and_inference_afterwards_is_an_error(opened):
-    bundle, engine = opened
+    _, engine = opened
     engine.close()
     engine.close()
     with pytest.raises(EngineError, match="closed"):
@@ -87,7 +86,6 @@ def test_profile_divides_an_inference(opened):
 def test_engine_computes_the_score_of_the_definition(bundles):
     """The head in the fp32 graph against edge/score.py, on the features that torch computes."""
     import torch
-
     from stpm.build.pyramid import Pyramid
     from stpm.build.weights import load_into, load_teacher, read_weights
     from stpm.edge.score import anomaly_map, level_map

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from stpm.edge.policy import Verdict, judge
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from stpm.edge.errors import InputError
 from stpm.edge.preprocess import Preprocess
 

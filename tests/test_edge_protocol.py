@@ -1,7 +1,6 @@
 """The ASCII protocol, pinned by literal bytes."""
 
 import pytest
-
 from stpm.edge.plc.protocol import Beat, Part, ProtocolError, State, decode, encode
 
 GOLDEN = [
@@ -64,6 +63,9 @@ def test_other_text_is_refused(line):
         "BEAT,1",
         "PULSE,1,2",
         "PART,,1,PASS,1",
+        "BEAT,65536,1",
+        "BEAT,+1,1",
+        "PART,1,1_0,PASS,1.0",
     ],
 )
 def test_a_right_checksum_does_not_save_a_wrong_body(body):

@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-
 from stpm.tools.plc_sim import PtyPlc
 
 RUN = [sys.executable, "-m", "stpm.edge.cli"]

@@ -67,7 +67,7 @@ def decode(line: bytes) -> tuple[int, Message]:
         if found != f"{_checksum(body):04X}":
             raise ProtocolError(f"wrong checksum in {line!r}")
         kind, sequence, *fields = body.split(",")
-        return int(sequence), _message(kind, fields)
+        return _whole(sequence, SEQUENCE_MODULUS), _message(kind, fields)
     except (ValueError, UnicodeDecodeError) as error:
         if isinstance(error, ProtocolError):
             raise
@@ -79,10 +79,17 @@ def _message(kind: str, fields: list[str]) -> Message:
         case "STATE", [state, *reason] if state in STATES and len(reason) <= 1:
             return State(state, *reason)
         case "PART", [id, verdict, score] if verdict in VERDICTS:
-            return Part(int(id), verdict, None if score == "NONE" else float(score))
+            return Part(_whole(id), verdict, None if score == "NONE" else float(score))
         case "BEAT", [judged]:
-            return Beat(int(judged))
+            return Beat(_whole(judged))
     raise ProtocolError(f"unknown message {kind} with fields {fields}")
+
+
+def _whole(digits: str, limit: int | None = None) -> int:
+    # int() alone would also take " 7", "+7" and "7_0"
+    if not digits.isdecimal() or (limit is not None and int(digits) >= limit):
+        raise ProtocolError(f"not a number of this protocol: {digits!r}")
+    return int(digits)
 
 
 def _checksum(body: str) -> int:

@@ -1,0 +1,332 @@
+"""Each mistake gives one sentence on stderr, its documented exit code, and leaves nothing half-written."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from stpm.build.cli import build_main, train_main
+from stpm.edge.bundle import open_bundle
+from stpm.edge.cli import main as run_main
+from stpm.tools.evaluate import main as eval_main
+
+
+def build(out, data, *more):
+    words = [
+        "--engine",
+        "int8",
+        "--category",
+        "bushing",
+        "--teacher",
+        "builtin",
+        "--epochs",
+        1,
+        "--data",
+        data,
+        "--work",
+        out.parent / "work",
+        "--out",
+        out,
+        *more,
+    ]
+    return build_main([str(word) for word in words])
+
+
+def one_sentence(capfd, *expected):
+    """What was printed on stderr is one line with these words in it."""
+    errors = capfd.readouterr().err.strip().splitlines()
+    mine = [line for line in errors if line.startswith("stpm-")]
+    assert len(mine) == 1, errors
+    assert "Traceback" not in "\n".join(errors)
+    for words in expected:
+        assert words in mine[0]
+
+
+def nothing_written(folder):
+    return not [path for path in folder.glob("**/*") if "work" not in path.parts]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out" / "bundle"
+
+
+def test_missing_folder(out, tmp_path, capfd):
+    assert build(out, tmp_path / "nowhere") == 3
+    one_sentence(capfd, "wanted a folder", "nowhere")
+    assert not out.exists()
+
+
+def test_empty_folder(out, tmp_path, capfd):
+    assert build(out, tmp_path) == 3
+    one_sentence(capfd, "found none")
+    assert not out.exists()
+
+
+def test_too_few_normals(out, parts, tmp_path, capfd):
+    folder = shutil.copytree(parts / "bushing" / "train" / "good", tmp_path / "bushing")
+    for path in sorted(folder.iterdir())[9:]:
+        path.unlink()
+    assert build(out, tmp_path) == 3
+    one_sentence(capfd, "at least 10", "found 9")
+
+
+def test_wrong_weights_file(out, parts, tmp_path, capfd):
+    (tmp_path / "weights.pth").write_bytes(b"nonsense")
+    assert build(out, parts, "--teacher", tmp_path / "weights.pth") == 3
+    one_sentence(capfd, "weights.pth")
+    assert build(out, parts, "--student", tmp_path / "missing.npz") == 3
+    one_sentence(capfd, "missing.npz")
+    assert not out.exists()
+
+
+def test_tensorrt_is_refused_before_anything_is_trained(out, parts, capfd):
+    assert build(out, parts, "--backend", "tensorrt") == 5
+    one_sentence(capfd, "--backend openvino")
+    assert not out.parent.exists()
+
+
+def test_out_that_is_not_a_bundle_is_not_replaced(bundles, parts, tmp_path, capfd):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    work = bundles["int8"].path.parent / "work"
+    words = [
+        "--engine",
+        "int8",
+        "--category",
+        "bushing",
+        "--teacher",
+        "builtin",
+        "--epochs",
+        2,
+        "--batch",
+        8,
+        "--data",
+        parts,
+        "--work",
+        work,
+        "--out",
+        tmp_path / "thesis",
+    ]
+    assert build_main([str(word) for word in words]) == 3
+    one_sentence(capfd, "not a bundle")
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 30 MB: one copy of the fp32 graph fits, its bundle does not."""
+    point = tmp_path / "small"
+    point.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(point)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield point
+    subprocess.run(["umount", str(point)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_and_keeps_the_old_bundle(bundles, parts, small_disk, capfd):
+    work = bundles["fp32"].path.parent / "work"
+    words = [
+        "--engine",
+        "fp32",
+        "--category",
+        "bushing",
+        "--teacher",
+        "builtin",
+        "--epochs",
+        2,
+        "--batch",
+        8,
+        "--data",
+        parts,
+        "--work",
+        work,
+        "--out",
+        small_disk / "bundle",
+    ]
+    old = small_disk / "bundle"
+    old.mkdir()
+    (old / "manifest.json").write_text("the old one")
+    assert build_main([str(word) for word in words]) == 8
+    one_sentence(capfd, "no space left", "free some space")
+    assert [path.name for path in small_disk.iterdir()] == ["bundle"]
+    assert (old / "manifest.json").read_text() == "the old one"
+
+
+def test_a_disk_that_fills_up_during_training(parts, small_disk, capfd):
+    words = [
+        "--category",
+        "bushing",
+        "--data",
+        parts,
+        "--teacher",
+        "builtin",
+        "--epochs",
+        1,
+        "--work",
+        small_disk,
+        "--out",
+        small_disk / "student.npz",
+    ]
+    assert train_main([str(word) for word in words]) == 8
+    one_sentence(capfd, "no space left")
+    assert not (small_disk / "student.npz").exists()
+
+
+def test_a_bundle_is_replaced_whole(bundles, tmp_path, parts):
+    work = bundles["int8"].path.parent / "work"
+    target = shutil.copytree(bundles["fp32"].path, tmp_path / "bundle")
+    words = [
+        "--engine",
+        "int8",
+        "--category",
+        "bushing",
+        "--teacher",
+        "builtin",
+        "--epochs",
+        2,
+        "--batch",
+        8,
+        "--data",
+        parts,
+        "--work",
+        work,
+        "--out",
+        target,
+    ]
+    assert build_main([str(word) for word in words]) == 0
+    assert open_bundle(target).manifest.precision == "int8"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_train_then_build_with_the_student(bundles, parts, tmp_path, capfd):
+    work = bundles["int8"].path.parent / "work"
+    student = tmp_path / "student.npz"
+    words = [
+        "--category",
+        "bushing",
+        "--teacher",
+        "builtin",
+        "--epochs",
+        2,
+        "--batch",
+        8,
+        "--data",
+        parts,
+        "--work",
+        work,
+        "--out",
+        student,
+    ]
+    assert train_main([str(word) for word in words]) == 0
+    assert "re-used" in capfd.readouterr().out
+    assert build(tmp_path / "bundle", parts, "--student", student) == 0
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert manifest.student.sha256 == bundles["int8"].manifest.student.sha256
+    assert manifest.student.source == "given"
+    assert manifest.training.best_epoch is None
+
+
+def test_damaged_bundle_and_other_schema(bundle, parts, tmp_path, capfd):
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    content = bytearray((copy / "openvino.bin").read_bytes())
+    content[12345] ^= 0x10
+    (copy / "openvino.bin").write_bytes(content)
+    arguments = ["--bundle", str(copy), "--camera", str(parts), "--plc", "none"]
+    assert run_main(arguments) == 4
+    one_sentence(capfd, "openvino.bin is damaged")
+    (copy / "manifest.json").write_text('{"schema": 99}')
+    assert run_main(arguments) == 4
+    one_sentence(capfd, "schema 99", "stpm-build")
+    assert eval_main(["--bundle", str(copy), "--data", str(parts)]) == 4
+    one_sentence(capfd, "schema 99")
+
+
+def test_no_bundle_at_all(parts, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(["--camera", str(parts), "--plc", "none"]) == 4
+    one_sentence(capfd, "found none", "stpm-build")
+
+
+def test_plc_port_that_does_not_exist(bundle, parts, capfd):
+    arguments = ["--bundle", str(bundle.path), "--camera", str(parts), "--backend", "fake", "--plc", "/dev/ttyUSB77"]
+    assert run_main(arguments) == 7
+    one_sentence(capfd, "/dev/ttyUSB77", "--plc none")
+
+
+def test_camera_that_does_not_open(bundle, capfd):
+    arguments = ["--bundle", str(bundle.path), "--backend", "fake", "--camera", "/dev/video77", "--plc", "none"]
+    assert run_main(arguments) == 6
+    one_sentence(capfd, "/dev/video77", "does not open")
+
+
+def test_openvino_not_installed(bundle, parts, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert run_main(["--bundle", str(bundle.path), "--camera", str(parts), "--plc", "none"]) == 5
+    one_sentence(capfd, "stpm-edge[cpu]")
+
+
+def test_evaluation_without_labels(bundle, tmp_path, capfd):
+    assert eval_main(["--bundle", str(bundle.path), "--data", str(tmp_path)]) == 3
+    one_sentence(capfd, "labelled images")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--camera", "0"],
+        ["--camera", "0", "--plc", "none", "--fps", "0"],
+        ["--camera", "0", "--plc", "none", "--parts", "-1"],
+    ],
+)
+def test_wrong_command_line_is_code_2(arguments, capfd):
+    with pytest.raises(SystemExit) as ended:
+        run_main(arguments)
+    assert ended.value.code == 2
+
+
+def test_an_interrupted_build_goes_on(parts, tmp_path):
+    """Ctrl-C during training: code 130, no bundle; the same command again ends with one."""
+    import signal
+    import time
+
+    command = [
+        sys.executable,
+        "-m",
+        "stpm.build.cli",
+        "--engine",
+        "fp32",
+        "--category",
+        "bushing",
+        "--data",
+        parts,
+        "--teacher",
+        "builtin",
+        "--epochs",
+        4,
+        "--batch",
+        8,
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "b",
+    ]
+    command = [str(word) for word in command]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "work").glob("train-*.partial/checkpoint.pth")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "same command again" in errors
+    assert not (tmp_path / "b").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "training goes on after epoch" in again.stdout
+    assert open_bundle(tmp_path / "b").manifest.precision == "fp32"

@@ -1,0 +1,124 @@
+"""The loss as published, and a run that can be stopped."""
+
+import numpy as np
+import pytest
+import torch
+from stpm.build import train as training
+from stpm.build.methods import METHODS
+from stpm.build.pyramid import Pyramid, weights_hash
+from stpm.build.train import Recipe, split, train
+from stpm.build.weights import load_teacher
+from stpm.edge.errors import TrainingError
+from stpm.edge.preprocess import Preprocess
+from stpm.tools.parts import draw_part
+
+METHOD = METHODS["stpm"]
+SMALL = Preprocess(height=64, width=64)
+RECIPE = Recipe(epochs=3, batch=4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher("builtin", METHOD.taps)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.stack([SMALL.resize(draw_part(seed)[0]) for seed in range(10)])
+
+
+def test_loss_is_the_authors_form():
+    """Σ over taps of the mean over images and pixels of Σ over channels (t̂ − ŝ)², no ½: written as loops."""
+    random = np.random.default_rng(0)
+    shapes = [(2, 3, 4, 4), (2, 5, 2, 2)]
+    teacher = [random.random(shape).astype(np.float32) + 0.1 for shape in shapes]
+    student = [random.random(shape).astype(np.float32) + 0.1 for shape in shapes]
+    wanted = 0.0
+    for t, s in zip(teacher, student, strict=True):
+        images, _, height, width = t.shape
+        total = 0.0
+        for n in range(images):
+            for y in range(height):
+                for x in range(width):
+                    a, b = t[n, :, y, x], s[n, :, y, x]
+                    total += float(((a / np.linalg.norm(a) - b / np.linalg.norm(b)) ** 2).sum())
+        wanted += total / (images * height * width)
+    targets = METHOD.targets([torch.from_numpy(t) for t in teacher])
+    found = METHOD.loss(targets, [torch.from_numpy(s) for s in student])
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_split_is_disjoint_complete_and_by_seed():
+    kept, held_out = split(320, Recipe(seed=0))
+    assert len(held_out) == 64
+    assert sorted([*kept, *held_out]) == list(range(320))
+    assert not np.array_equal(held_out, split(320, Recipe(seed=1))[1])
+    np.testing.assert_array_equal(held_out, split(320, Recipe(seed=0))[1])
+
+
+def test_training_lowers_the_loss_and_keeps_the_best_epoch(teacher, pixels, tmp_path):
+    trained = train(METHOD, teacher, pixels, SMALL, RECIPE, tmp_path)
+    assert len(trained.history) == 3
+    assert trained.history[-1].loss < 0.8 * trained.history[0].loss
+    validations = [epoch.validation for epoch in trained.history]
+    assert trained.best_epoch == 1 + int(np.argmin(validations))
+    assert not any(parameter.requires_grad for parameter in trained.student.parameters())
+
+
+def test_a_stopped_run_ends_with_the_same_weights(teacher, pixels, tmp_path, monkeypatch):
+    whole = train(METHOD, teacher, pixels, SMALL, RECIPE, _made(tmp_path / "whole"))
+    original = training._validate
+    calls = []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    folder = _made(tmp_path / "parts")
+    monkeypatch.setattr(training, "_validate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(METHOD, teacher, pixels, SMALL, RECIPE, folder)
+    monkeypatch.setattr(training, "_validate", original)
+    resumed = train(METHOD, teacher, pixels, SMALL, RECIPE, folder)
+    assert weights_hash(resumed.student.state_dict()) == weights_hash(whole.student.state_dict())
+    assert resumed.history == whole.history
+
+
+def test_without_room_for_the_cache_the_result_is_nearly_the_same(teacher, pixels, tmp_path, monkeypatch):
+    cached = train(METHOD, teacher, pixels, SMALL, RECIPE, _made(tmp_path / "a"))
+    monkeypatch.setattr(training, "CACHE_BYTES", 0)
+    computed = train(METHOD, teacher, pixels, SMALL, RECIPE, _made(tmp_path / "b"))
+    assert computed.history[-1].loss == pytest.approx(cached.history[-1].loss, rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_and_rate(teacher, pixels, tmp_path, monkeypatch):
+    monkeypatch.setattr(METHOD, "loss", lambda targets, student: student[0].sum() * float("nan"), raising=False)
+    with pytest.raises(TrainingError, match=r"epoch 1 at learning rate 0\.4"):
+        train(METHOD, teacher, pixels, SMALL, RECIPE, tmp_path)
+
+
+def test_the_teacher_does_not_change(teacher, pixels, tmp_path):
+    before = weights_hash(teacher.state_dict())
+    train(METHOD, teacher, pixels, SMALL, Recipe(epochs=1, batch=4), tmp_path)
+    assert weights_hash(teacher.state_dict()) == before
+
+
+def test_taps_have_the_strides_and_widths_of_resnet18():
+    found = Pyramid().eval()(torch.zeros(1, 3, 256, 256))
+    assert [tuple(feature.shape) for feature in found] == [(1, 64, 64, 64), (1, 128, 32, 32), (1, 256, 16, 16)]
+
+
+def test_folding_batch_norm_changes_nothing(teacher):
+    model = METHOD.graph(teacher, METHOD.new_student(0).eval(), 64, 64)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for folded, plain in zip(model.teacher(x), teacher(x), strict=True):
+            torch.testing.assert_close(folded, plain, atol=1e-3, rtol=1e-3)
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder

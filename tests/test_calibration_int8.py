@@ -1,0 +1,171 @@
+"""Contract 3, node by node: ranges, Q/DQ placement, FP16."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from stpm.calibration.fp16 import to_fp16
+from stpm.calibration.qdq import activations, describe, in_head, placement, quantise
+from stpm.calibration.ranges import BINS, Histogram, collect, minmax, mse, percentile
+from stpm.edge.errors import InputError
+
+GOLDEN = Path(__file__).parent / "golden" / "stpm_placement.txt"
+
+
+@pytest.fixture(scope="module")
+def graphs(bundles):
+    return {name: onnx.load(bundle.path / bundle.manifest.graph) for name, bundle in bundles.items()}
+
+
+def run(model, tensor):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(["anomaly_map"], {"input": tensor})[0]
+
+
+def test_placement_is_the_reviewed_one(graphs):
+    """When it changes on purpose: read the new text of describe(), then put it into the golden file."""
+    assert describe(graphs["fp32"]) == GOLDEN.read_text()
+
+
+def test_every_convolution_and_shortcut_is_quantised_by_the_rules(graphs):
+    model = graphs["int8"]
+    assert max(entry.version for entry in model.opset_import) <= 17
+    producer = {output: node for node in model.graph.node for output in node.output}
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    adds = [node for node in model.graph.node if node.op_type == "Add" and not in_head(node)]
+    # ResNet-18 to layer3: the stem, 3 × 4, and 2 downsampling convolutions; 6 residual Adds; all twice
+    assert (len(convolutions), len(adds)) == (30, 12)
+    for conv in convolutions:
+        activation, weight = producer[conv.input[0]], producer[conv.input[1]]
+        assert activation.op_type == weight.op_type == "DequantizeLinear"
+        assert producer[activation.input[0]].op_type == producer[weight.input[0]].op_type == "QuantizeLinear"
+        assert values[activation.input[1]].shape == ()
+        channels = values[producer[weight.input[0]].input[0]].shape[0]
+        assert values[weight.input[1]].shape == (channels,)
+        assert {attribute.name: attribute.i for attribute in weight.attribute} == {"axis": 0}
+        assert conv.input[2] in values  # the bias, float
+        assert values[conv.input[2]].dtype == np.float32
+    for add in adds:
+        kinds = Counter(producer[name].op_type for name in add.input)
+        assert kinds == {"Conv": 1, "DequantizeLinear": 1}  # main branch bare, shortcut quantised
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale, zero = values[node.input[1]], values[node.input[2]]
+            assert scale.dtype == np.float32
+            assert (scale > 0).all()
+            assert zero.dtype == np.int8
+            assert not zero.any()
+            assert not in_head(node)
+            if node.op_type == "DequantizeLinear":  # the pair shares scale and zero point
+                assert node.input[1:] == producer[node.input[0]].input[1:]
+
+
+def test_one_pair_per_tensor(graphs):
+    quantised = Counter(node.input[0] for node in graphs["int8"].graph.node if node.op_type == "QuantizeLinear")
+    assert set(quantised.values()) == {1}
+
+
+def test_weights_stay_float_before_their_q(graphs):
+    kinds = Counter(tensor.data_type for tensor in graphs["int8"].graph.initializer if len(tensor.dims) == 4)
+    assert kinds == {TensorProto.FLOAT: 30}
+
+
+def test_int8_differs_from_fp32_by_little_but_differs(graphs, bundles):
+    bundle = bundles["fp32"]
+    tensor = bundle.manifest.preprocess(bundle.golden().frames[2])
+    wanted, found = run(graphs["fp32"], tensor), run(graphs["int8"], tensor)
+    assert np.corrcoef(wanted.ravel(), found.ravel())[0, 1] > 0.98
+    assert not np.array_equal(wanted, found)
+
+
+def test_fp16_has_half_weights_a_float_head_and_float_ends(graphs, bundles):
+    model = graphs["fp16"]
+    kinds = Counter(tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    assert kinds == {TensorProto.FLOAT16: 30}
+    ends = [*model.graph.input, *model.graph.output]
+    assert {value.type.tensor_type.elem_type for value in ends} == {TensorProto.FLOAT}
+    assert sum(node.op_type == "Cast" for node in model.graph.node) == 1 + 6
+    bundle = bundles["fp32"]
+    tensor = bundle.manifest.preprocess(bundle.golden().frames[2])
+    wanted = run(graphs["fp32"], tensor)
+    np.testing.assert_allclose(run(model, tensor), wanted, atol=0.02 * wanted.max())
+
+
+def test_a_weight_beyond_fp16_is_named(graphs):
+    model = onnx.ModelProto()
+    model.CopyFrom(graphs["fp32"])
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    values = numpy_helper.to_array(weight).copy()
+    values.flat[0] = 1e6
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    with pytest.raises(InputError, match=weight.name.replace(".", r"\.")):
+        to_fp16(model)
+
+
+def test_a_node_the_rules_do_not_cover_is_named(graphs):
+    model = onnx.ModelProto()
+    model.CopyFrom(graphs["fp32"])
+    relu = next(node for node in model.graph.node if node.op_type == "Relu" and not in_head(node))
+    relu.op_type = "HardSwish"
+    with pytest.raises(InputError, match=f"{relu.name} of type HardSwish"):
+        placement(model)
+
+
+def test_an_add_without_a_shortcut_is_named():
+    value = helper.make_tensor_value_info
+    image, out = value("x", TensorProto.FLOAT, [1]), value("y", TensorProto.FLOAT, [1])
+    add = helper.make_node("Add", ["x", "x"], ["y"], "lonely")
+    with pytest.raises(InputError, match="lonely"):
+        placement(helper.make_model(helper.make_graph([add], "g", [image], [out])))
+
+
+def test_a_range_of_zero_does_not_divide(graphs):
+    model = quantise(graphs["fp32"], dict.fromkeys(activations(graphs["fp32"]), 0.0))
+    assert np.isfinite(run(model, np.zeros((1, 3, 256, 256), np.float32))).all()
+
+
+def test_histogram_counts_everything_while_its_range_grows():
+    random, histogram = np.random.default_rng(0), Histogram.empty()
+    batches = [random.normal(0, scale, 1000) for scale in (1e-4, 1, 0.1, 300)]
+    for batch in batches:
+        histogram.add(batch)
+    everything = np.abs(np.concatenate(batches))
+    assert histogram.counts.sum() == len(everything)
+    assert histogram.largest == everything.max() <= histogram.limit < 2 * everything.max()
+    edge = histogram.limit / BINS
+    for bins in (1, 10, 1000):
+        # a value on an edge may have moved by rounding, none of 4000 random ones should
+        assert histogram.counts[:bins].sum() == pytest.approx((everything < bins * edge).sum(), abs=1)
+
+
+def test_observers():
+    values = np.concatenate([np.zeros(5000), np.linspace(0.001, 1, 9999), [50.0]])
+    histogram = Histogram.empty()
+    histogram.add(values)
+    assert minmax(histogram) == 50
+    assert percentile(histogram, 0.999) == pytest.approx(0.9991, abs=0.02)
+    assert percentile(histogram, 1.0) == 50
+
+    def error(limit):
+        step = limit / 127
+        return np.sum((values - np.clip(np.round(values / step), 0, 127) * step) ** 2)
+
+    # one outlier of 50 costs more when clipped than ten thousand values when rounded, a thousand times more values not
+    assert mse(histogram) == pytest.approx(min(np.linspace(10, 50, 161), key=error), rel=0.02)
+
+
+def test_collect_sees_the_input_and_refuses_nan(graphs):
+    model = graphs["fp32"]
+    names = activations(model)
+    tensor = np.full((1, 3, 256, 256), -2.0, np.float32)
+    found = collect(model, names, [tensor])
+    assert set(found) == set(names)
+    assert found["input"].largest == 2
+    assert all(0 <= histogram.largest < 1e4 for histogram in found.values())
+    with pytest.raises(InputError, match="not finite"):
+        collect(model, names, [np.full_like(tensor, np.nan)])

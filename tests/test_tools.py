@@ -1,0 +1,117 @@
+"""Benchmark, evaluation, PLC simulator and the drawn parts."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from stpm.edge.plc.protocol import Beat, Part, State, encode
+from stpm.tools import bench, evaluate
+from stpm.tools.parts import DEFECTS, add_defect, draw_part
+from stpm.tools.plc_sim import Gate
+
+
+def test_bench_measures_bundles_in_turn_and_writes_json(bundles, tmp_path, capsys):
+    arguments = ["--runs", "5", "--json", str(tmp_path / "latency.json")]
+    for precision in ("fp32", "int8"):
+        arguments += ["--bundle", str(bundles[precision].path)]
+    assert bench.main(arguments) == 0
+    report = json.loads((tmp_path / "latency.json").read_text())
+    assert report["schema"] == 1
+    assert [bundle["precision"] for bundle in report["bundles"]] == ["fp32", "int8"]
+    for bundle in report["bundles"]:
+        assert list(bundle["stages"]) == ["preprocess", "inference", "decision", "total"]
+        for stage in bundle["stages"].values():
+            assert stage["count"] == 5
+            assert 0 < stage["p50"] <= stage["p90"] <= stage["p99"] <= stage["max"]
+        stages = bundle["stages"]
+        assert stages["total"]["p50"] >= stages["preprocess"]["p50"] + stages["inference"]["p50"] * 0.5
+        assert bundle["inside"]["head"] > 0
+    assert report["bundles"][1]["sha256"] == bundles["int8"].sha256
+    printed = capsys.readouterr().out
+    assert "× the speed of" in printed
+    assert max(len(line) for line in printed.splitlines() if "│" not in line and "/" not in line) <= 100
+
+
+def test_evaluation_agrees_with_the_manifest_and_writes_its_report(bundle, parts, tmp_path, capsys):
+    assert evaluate.main(["--bundle", str(bundle.path), "--data", str(parts), "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    accuracy = bundle.manifest.accuracy
+    assert report["accuracy"]["image_auroc"] == pytest.approx(accuracy.image_auroc)
+    assert report["accuracy"]["pixel_auroc"] == pytest.approx(accuracy.pixel_auroc)
+    assert report["accuracy"]["aupro"] == pytest.approx(accuracy.aupro)
+    assert sum(kind["images"] for kind in report["kinds"].values()) == len(report["scores"]) == 8
+    assert next(iter(report["kinds"])) == "good"
+    wrong = {
+        name.replace("/", "_")
+        for name, score in report["scores"].items()
+        if (score > report["threshold"]) == name.startswith("good/")
+    }
+    assert {path.name for path in (tmp_path / "report" / "wrong").iterdir()} == wrong
+    overview = cv2.imread(str(tmp_path / "report" / "overview.png"))
+    assert overview.shape == (5 * 278, 3 * 512, 3)
+    assert "pixel AUROC" in capsys.readouterr().out
+
+
+def test_evaluation_of_good_parts_alone_is_not_defined_and_does_not_crash(bundle, parts, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(parts / "bushing" / "test" / "good", tmp_path / "test" / "good")
+    assert evaluate.main(["--bundle", str(bundle.path), "--data", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("not defined") == 3
+
+
+def lines(*messages, start=0):
+    return b"".join(encode(message, start + index) for index, message in enumerate(messages))
+
+
+def test_the_gate_opens_for_a_pass_and_nothing_else():
+    gate = Gate()
+    gate.feed(lines(State("READY"), Part(1, "PASS", 0.1), Part(2, "FAIL", 0.9), Part(3, "UNKNOWN", None)), 0)
+    assert gate.passed == [1]
+    assert gate.rejected == [2, 3]
+
+
+def test_a_pass_before_ready_or_after_stopped_is_rejected():
+    gate = Gate()
+    gate.feed(
+        lines(State("SELF_TEST"), Part(1, "PASS", 0.1), State("READY"), State("STOPPED"), Part(2, "PASS", 0.1)), 0
+    )
+    assert gate.passed == []
+    assert gate.rejected == [1, 2]
+
+
+def test_the_gate_notices_loss_damage_and_silence():
+    gate = Gate()
+    data = lines(State("READY"), Part(1, "PASS", 0.1), Part(2, "PASS", 0.1), Beat(2))
+    first, second, _, fourth = data.splitlines(keepends=True)
+    gate.feed(first, 0.0)
+    gate.feed(second.replace(b"PASS", b"PASZ"), 0.1)
+    assert gate.damaged == 1
+    assert gate.passed == []
+    gate.feed(fourth, 0.2)
+    assert gate.lost == 2
+    gate.feed(lines(Beat(2), start=4), 1.0)
+    assert gate.silences == 0
+    gate.feed(lines(Beat(2), start=5), 9.0)
+    assert gate.silences == 1
+
+
+def test_lines_may_come_in_pieces():
+    gate = Gate()
+    for byte in lines(State("READY"), start=65535) + lines(Part(1, "PASS", 0.5)):
+        gate.feed(bytes([byte]), 0)
+    assert gate.lost == gate.damaged == 0
+    assert gate.passed == [1]
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_a_drawn_defect_lies_inside_its_mask(kind):
+    part, holes = draw_part(5)
+    defective, mask = add_defect(part, holes, kind, 5)
+    changed = np.abs(defective.astype(int) - part).max(2) > 12
+    assert 30 < mask.astype(bool).sum() < 0.02 * mask.size
+    inside = changed & cv2.dilate(mask, np.ones((25, 25))).astype(bool)
+    assert inside.sum() == changed.sum() > 20
+    again, _ = add_defect(*draw_part(5), kind, 5)
+    np.testing.assert_array_equal(again, defective)
