@@ -9,11 +9,8 @@ CAPTION_HEIGHT = 22
 
 
 def heat_map(resized: Image, anomaly: Array, threshold: float) -> Image:
-    """The anomaly map over the part, uint8 height×width×3. Red is reached at the threshold.
-
-    Scores are products of three small numbers, so the colours follow the cube root.
-    """
-    level = np.clip(np.cbrt(np.maximum(anomaly, 0) / threshold), 0, 1)
+    """The anomaly map over the part, uint8 height×width×3: blue is 0, dark red the threshold and above."""
+    level = np.clip(anomaly / threshold, 0, 1)
     colours = cv2.applyColorMap((level * 255).astype(np.uint8), cv2.COLORMAP_JET)
     return cv2.addWeighted(resized, 0.5, colours, 0.5, 0).astype(np.uint8)
 

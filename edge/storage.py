@@ -36,6 +36,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     previous = target.with_name(f".{target.name}.previous-{os.getpid()}")
     with storage_errors(target):
+        _clear_after_killed(target)
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -51,6 +52,18 @@ def new_folder(target: Path) -> Iterator[Path]:
             if previous.exists() and not target.exists():
                 os.rename(previous, target)
             shutil.rmtree(previous, ignore_errors=True)
+
+
+def _clear_after_killed(target: Path) -> None:
+    """What a process that was killed left of `target`: an earlier folder gets its name back, the rest goes."""
+    for left in list(target.parent.glob(f".{target.name}.p*-*")):
+        kind, _, process = left.name.removeprefix(f".{target.name}.").partition("-")
+        if kind not in ("partial", "previous") or not process.isdecimal() or Path("/proc", process).exists():
+            continue
+        if kind == "previous" and not target.exists():
+            os.rename(left, target)
+        else:
+            shutil.rmtree(left)
 
 
 def write_file(target: Path, content: bytes) -> None:

@@ -113,3 +113,15 @@ def test_version_is_the_one_in_the_metadata():
 
     assert version("stpm-edge") == __version__
     assert Path(ROOT / "LICENSE").read_text().lstrip().startswith("Apache License")
+
+
+def test_lines_in_the_plc_document_are_real():
+    from stpm.edge.plc.protocol import decode, encode
+
+    text = (ROOT / "docs" / "plc.md").read_text()
+    lines = re.findall(r"^    ((?:STATE|PART|BEAT),\d.*)$", text, re.M)
+    assert len(lines) > 5
+    for number, line in enumerate(lines):
+        sequence, message = decode(line.encode())
+        assert sequence == number
+        assert encode(message, sequence).decode().strip() == line

@@ -22,7 +22,7 @@ def main() -> int:
     options.add_argument("--out", type=Path, default=Path("demo"))
     options.add_argument("--good", type=int, default=60)
     options.add_argument("--test", type=int, default=24)
-    options.add_argument("--epochs", type=int, default=24)
+    options.add_argument("--epochs", type=int, default=12)
     chosen = options.parse_args()
     out, started = chosen.out, time.monotonic()
     data, bundle = out / "data", out / f"{CATEGORY}-int8"
@@ -41,8 +41,11 @@ def main() -> int:
         data,
         "--teacher",
         "builtin",
+        # few images: a smaller batch takes more steps
         "--epochs",
         chosen.epochs,
+        "--batch",
+        8,
         "--false-reject-rate",
         0.08,
         "--out",

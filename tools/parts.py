@@ -101,7 +101,7 @@ def write_dataset(root: Path, category: str, good: int, test: int, seed: int = 0
 
 
 def _conveyor(random: np.random.Generator) -> Image:
-    belt = 92 + cv2.GaussianBlur(random.normal(0, 14, (SIZE, SIZE)), (0, 0), 1.2)
+    belt = 92 + cv2.GaussianBlur(random.normal(0, 6, (SIZE, SIZE)), (0, 0), 1.2)
     return np.clip(np.repeat(belt[:, :, None], 3, 2) * [0.95, 1.0, 0.92], 0, 255).astype(np.uint8)
 
 
