@@ -1,20 +1,20 @@
 """stpm-build and stpm-train."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 import torch
-from stpm.build.compile import BACKENDS, choose_backend
+from stpm.build.compile import BACKENDS, check_backend
 from stpm.build.methods import METHODS
-from stpm.build.pipeline import Job, build_bundle, prepare
+from stpm.build.pipeline import Job, build_bundle, check_out, prepare
 from stpm.build.steps import Steps, default_work
 from stpm.build.train import Recipe
 from stpm.build.weights import write_weights
 from stpm.calibration.ranges import OBSERVERS
 from stpm.edge.cli import count, positive
 from stpm.edge.command import parser, run_command
+from stpm.edge.errors import InputError
 from stpm.edge.manifest import Manifest
 from stpm.edge.preprocess import Preprocess
 from stpm.edge.storage import storage_errors
@@ -40,8 +40,8 @@ def build_main(arguments: list[str] | None = None) -> int:
     add(
         "--observer",
         choices=tuple(OBSERVERS),
-        default="percentile",
-        help="how int8 finds activation ranges (default: percentile)",
+        default="mse",
+        help="how int8 finds activation ranges (default: mse)",
     )
     add(
         "--calibration-images",
@@ -61,10 +61,11 @@ def build_main(arguments: list[str] | None = None) -> int:
     chosen = options.parse_args(arguments)
 
     def command() -> None:
-        choose_backend(chosen.backend)
+        check_backend(chosen.backend)
+        out = chosen.out or Path("bundles") / f"{chosen.category}-{chosen.engine}"
+        check_out(out)
         job = _job(chosen)
         material = prepare(job, chosen.student)
-        out = chosen.out or Path("bundles") / f"{chosen.category}-{chosen.engine}"
         manifest = build_bundle(
             job, material, chosen.engine, chosen.observer, chosen.calibration_images, chosen.false_reject_rate, out
         )
@@ -83,12 +84,12 @@ def train_main(arguments: list[str] | None = None) -> int:
 
     def command() -> None:
         out = chosen.out or Path(f"{chosen.category}.npz")
+        if out.suffix != ".npz" or out.is_dir():
+            raise InputError(f"wanted the name of an .npz file for --out, found {out}: the student is written as .npz")
         material = prepare(_job(chosen))
-        partial = out.with_name(f".{out.stem}.partial.npz")
         with storage_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_weights(partial, material.student.state_dict())
-            shutil.move(partial, out)
+        write_weights(out, material.student.state_dict())
         print(f"student of epoch {material.best_epoch}: {out}")
 
     return run_command("stpm-train", command, AGAIN)
@@ -115,7 +116,7 @@ def _add_training(options: argparse.ArgumentParser) -> None:
     add("--epochs", type=count, default=recipe.epochs, help=f"default: {recipe.epochs}")
     add("--batch", type=count, default=recipe.batch, help=f"default: {recipe.batch}")
     add("--learning-rate", type=positive, default=recipe.learning_rate, help=f"default: {recipe.learning_rate}")
-    add("--seed", type=int, default=recipe.seed, help=f"default: {recipe.seed}")
+    add("--seed", type=_seed, default=recipe.seed, help=f"default: {recipe.seed}")
     add("--roi", type=_region, metavar="X,Y,W,H", help="look only at this part of the frame, in pixels")
     add(
         "--work",
@@ -148,6 +149,13 @@ def _region(text: str) -> tuple[int, int, int, int]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"wanted four whole numbers X,Y,W,H, found {text}") from error
     return x, y, width, height
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 0, found {text}")
+    return value
 
 
 def _share(text: str) -> float:

@@ -12,14 +12,13 @@ from stpm.edge.manifest import EngineFiles
 BACKENDS = ("auto", "openvino", "tensorrt")
 
 
-def choose_backend(asked: str) -> str:
-    """The backend to compile for; EngineError for one that this version cannot compile for."""
+def check_backend(asked: str) -> None:
+    """EngineError for a backend that this version cannot compile for; "auto" is openvino."""
     if asked == "tensorrt":
         raise EngineError(
             "this version cannot compile TensorRT engines yet: use --backend openvino (the graph in the bundle is "
             "written for TensorRT 8.5 and later, so `trtexec --onnx` can compile it by hand)"
         )
-    return "openvino"
 
 
 def compile_openvino(graph: onnx.ModelProto, folder: Path) -> EngineFiles:

@@ -34,8 +34,19 @@ def export_graph(model: nn.Module, preprocess: Preprocess) -> onnx.ModelProto:
             dynamo=False,
         )
     graph = onnx.load_from_string(buffer.getvalue())
+    _remove_identities(graph.graph)
     onnx.checker.check_model(graph, full_check=True)
     return graph
+
+
+def _remove_identities(graph: onnx.GraphProto) -> None:
+    """The exporter stores equal weights once and passes copies on; every node shall read its weights itself."""
+    source = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = source.get(name, name)
+    for node in [node for node in graph.node if node.op_type == "Identity"]:
+        graph.node.remove(node)
 
 
 def check_parity(model: nn.Module, graph: onnx.ModelProto, tensor: np.ndarray) -> None:

@@ -11,7 +11,8 @@ def level_map(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     tt = (teacher * teacher).sum(1, keepdim=True)
     ss = (student * student).sum(1, keepdim=True)
     ts = (teacher * student).sum(1, keepdim=True)
-    return F.relu(1 - (ts + EPS) / (torch.sqrt(tt + EPS) * torch.sqrt(ss + EPS)))
+    # abs, not relu: rounding may give -1e-8, and OpenVINO's relu would turn a NaN into a perfect 0
+    return torch.abs(1 - (ts + EPS) / (torch.sqrt(tt + EPS) * torch.sqrt(ss + EPS)))
 
 
 class ProductHead(nn.Module):

@@ -1,7 +1,9 @@
 """Weights of a pyramid: read from .npz, .pth or .safetensors, from torchvision, or the one in this package."""
 
+import io
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -12,6 +14,7 @@ import torch
 from stpm.build.pyramid import Pyramid
 from stpm.build.torchvision_cpu import models
 from stpm.edge.errors import InputError
+from stpm.edge.storage import write_file
 
 BUILTIN_TEACHER = Path(__file__).with_name("builtin_teacher.npz")
 
@@ -67,6 +70,8 @@ def read_weights(path: Path) -> State:
         RuntimeError,
         EOFError,
         AttributeError,
+        TypeError,
+        zlib.error,
     ) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"cannot read the weights in {path}: {reason}; get the file again") from error
@@ -74,13 +79,15 @@ def read_weights(path: Path) -> State:
 
 
 def write_weights(path: Path, state: State, dtype: type = np.float32) -> None:
-    """The tensors as an .npz file, without the batch counters that only training needs."""
+    """The tensors as an .npz file, without the batch counters that only training needs; whole or not at all."""
     arrays: dict[str, Any] = {
         name: value.detach().numpy().astype(dtype)
         for name, value in state.items()
         if "num_batches_tracked" not in name
     }
-    np.savez(path, **arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_file(path, buffer.getvalue())
 
 
 def _download_imagenet() -> State:

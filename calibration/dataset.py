@@ -5,7 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from stpm.edge.errors import InputError
+from stpm.edge.errors import InputError, RegionError
 from stpm.edge.images import list_images, read_image
 from stpm.edge.preprocess import Image, Preprocess
 from tqdm import tqdm
@@ -87,9 +87,9 @@ def load_images(paths: list[Path], preprocess: Preprocess, title: str) -> Images
         try:
             pixels.append(preprocess.resize(read_image(path)))
             kept.append(path)
+        except RegionError as error:
+            raise RegionError(f"{path}: {error}") from error
         except InputError as error:
-            if path.is_file() and "region of interest" in str(error):
-                raise InputError(f"{path}: {error}") from error
             unreadable.append(path)
             tqdm.write(f"skipped: {error}")
     if len(unreadable) > MAXIMUM_UNREADABLE * len(paths):

@@ -1,6 +1,7 @@
 """A bundle: the folder that the office builds and the line runs."""
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,16 @@ class Bundle:
 
     def golden(self) -> GoldenFrames:
         file = self.path / self.manifest.golden.file
+        spec = self.manifest.preprocess
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                return GoldenFrames(arrays["frames"], arrays["maps"], arrays["scores"])
-        except (ValueError, KeyError, OSError) as error:
+                golden = GoldenFrames(arrays["frames"], arrays["maps"], arrays["scores"])
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise BundleError(f"{file} does not hold golden frames ({error}): build the bundle again") from error
+        count = len(golden.frames)
+        if not (count and golden.maps.shape == (count, spec.height, spec.width) and (golden.scores > 0).all()):
+            raise BundleError(f"{file} does not hold golden frames with positive scores: build the bundle again")
+        return golden
 
 
 def open_bundle(path: Path) -> Bundle:

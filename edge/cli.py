@@ -1,13 +1,15 @@
 """stpm-run: judge the frames of a camera and tell the PLC."""
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from stpm.edge.bundle import Bundle, find_bundle, open_bundle
 from stpm.edge.camera import open_camera
-from stpm.edge.command import parser, run_command, stop_on_signals
+from stpm.edge.command import parser, run_command, say, stop_on_signals
 from stpm.edge.engine import BACKENDS, open_engine
 from stpm.edge.latency import table
 from stpm.edge.loop import Line, Summary
@@ -22,7 +24,7 @@ EXAMPLES = """\
 
 def positive(text: str) -> float:
     value = float(text)
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"wanted a number above 0, found {text}")
     return value
 
@@ -65,16 +67,20 @@ def main(arguments: list[str] | None = None) -> int:
     add("--results", type=Path, metavar="DIR", help="write parts.jsonl and a picture of every reject")
     add("--quiet", action="store_true", help="no line per part on the terminal")
     chosen = options.parse_args(arguments)
-    return run_command("stpm-run", lambda: _run(chosen), "the PLC was told STOPPED or FAULT")
+    return run_command(
+        "stpm-run",
+        lambda: _run(chosen),
+        "a second signal cut the orderly stop short; the PLC hears no heartbeat from now on",
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
-    bundle = open_bundle(options.bundle or find_bundle())
-    _introduce(bundle, options.backend)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        bundle = open_bundle(options.bundle or find_bundle())
+        _introduce(bundle, options.backend)
         engine = stack.enter_context(open_engine(bundle, options.backend))
-        print("engine: " + ", ".join(engine.describe().values()), flush=True)
+        say("engine: " + ", ".join(engine.describe().values()))
         camera = open_camera(options.camera, options.fps, options.loop)
         stack.callback(camera.close)
         spec, threshold = bundle.manifest.preprocess, bundle.manifest.threshold.value
@@ -90,36 +96,31 @@ def _run(options: argparse.Namespace) -> None:
 
 def _introduce(bundle: Bundle, backend: str) -> None:
     manifest = bundle.manifest
-    print(
+    say(
         f"bundle {bundle.path}: {manifest.category}, {manifest.method} {manifest.precision}, threshold "
-        f"{manifest.threshold.value:.3e}, made {manifest.created}",
-        flush=True,
+        f"{manifest.threshold.value:.3e}, made {manifest.created}"
     )
     if backend == "fake":
         print("WARNING: --backend fake: the verdicts are scripted, no part is inspected", file=sys.stderr)
 
 
-def _reporter(quiet: bool):  # type: ignore[no-untyped-def]
-    def report(text: str) -> None:
-        if not (quiet and text.startswith("part ")):
-            print(text, flush=True)
-
-    return report
+def _reporter(quiet: bool) -> Callable[[str], None]:
+    """What the line reports goes to the terminal; a terminal that has gone does not stop the line."""
+    return lambda text: None if quiet and text.startswith("part ") else say(text)
 
 
 def _print_summary(summary: Summary) -> None:
     verdicts = summary.verdicts
-    print(
+    say(
         f"\ncaptured {summary.captured} = judged {summary.judged} + dropped {summary.dropped}   "
         f"PASS {verdicts['PASS']}  FAIL {verdicts['FAIL']}  UNKNOWN {verdicts['UNKNOWN']}"
     )
     if summary.undelivered:
-        print(f"{summary.undelivered} verdict could not be delivered to the PLC")
+        say(f"{summary.undelivered} verdict could not be delivered to the PLC")
     if summary.lost_records:
-        print(f"{summary.lost_records} records or pictures could not be written")
+        say(f"{summary.lost_records} records or pictures could not be written")
     if summary.judged:
-        print(table(summary.latency.percentiles()))
-    sys.stdout.flush()
+        say(table(summary.latency.percentiles()))
 
 
 if __name__ == "__main__":

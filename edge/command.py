@@ -14,8 +14,8 @@ from stpm.edge.errors import StorageError, StpmError
 INTERRUPTED = 130
 
 EXIT_CODES = (
-    "exit codes: 0 done; 2 wrong command line; 3 images or weights; 4 bundle; 5 engine or self test; 6 camera; "
-    "7 PLC; 8 disk; 9 training; 130 interrupted"
+    "exit codes: 0 done; 1 unexpected; 2 wrong command line; 3 images or weights; 4 bundle; 5 engine or self test; "
+    "6 camera; 7 PLC; 8 disk; 9 training; 130 interrupted"
 )
 
 
@@ -39,24 +39,31 @@ def run_command(name: str, command: Callable[[], None], when_interrupted: str) -
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {when_interrupted}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # the reader of our output has left; Python would complain once more while it flushes stdout at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"{name}: no space left on the disk ({error.filename or error}): free some space and run it again",
-            file=sys.stderr,
-        )
+        if error.errno == errno.EPIPE:
+            say("")  # goes quiet for good
+            return 0
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space and run it again" if full else "check the path and its permissions"
+        print(f"{name}: {error.filename or 'the disk'}: {error.strerror or error}; {hint}", file=sys.stderr)
         return StorageError.exit_code
     return 0
 
 
+def say(text: str) -> None:
+    """Print and flush; when nobody reads our output any more, go quiet and carry on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # what is left in the buffer, and what Python flushes at exit, goes to nowhere
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; a second signal interrupts at once. The old handlers come back after."""
+    """An event that Ctrl-C, SIGTERM and a hang-up set; a second one interrupts. The old handlers come back after."""
     stop = threading.Event()
 
     def handle(number: int, frame: object) -> None:
@@ -64,7 +71,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield stop
     finally:

@@ -2,6 +2,7 @@
 
     StpmError              1   anything that fits nowhere below
     ├── InputError         3   images, folders, masks, weights: the caller's files
+    │   └── RegionError    3   the region of interest does not fit the frame
     ├── BundleError        4   a bundle that is missing, damaged, or of another schema
     ├── EngineError        5   the inference engine cannot be opened or failed
     │   └── SelfTestError  5   the engine's answers differ from the golden frames
@@ -21,6 +22,10 @@ class StpmError(Exception):
 
 class InputError(StpmError):
     exit_code = 3
+
+
+class RegionError(InputError):
+    pass
 
 
 class BundleError(StpmError):

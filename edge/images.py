@@ -1,6 +1,7 @@
 """Images on disk. A file that cannot be decoded whole is an error with its name, never a half-grey picture."""
 
 from pathlib import Path
+from typing import cast
 
 import cv2
 import numpy as np
@@ -31,4 +32,4 @@ def read_image(path: Path) -> Image:
     if image is None:
         what = "empty" if not data else "truncated" if truncated else "damaged or not an image"
         raise InputError(f"cannot decode the image {path}: the file is {what}; replace or remove it")
-    return image.astype(np.uint8, copy=False)
+    return cast(Image, image)

@@ -23,6 +23,8 @@ from stpm.edge.selftest import self_test
 
 # an engine that fails this often in a row will not recover by itself
 FAILURES_IN_A_ROW = 10
+# how long a stop may wait for a frame that does not come
+LONGEST_WAIT_S = 0.1
 
 
 @dataclass
@@ -64,7 +66,9 @@ class Line:
         last = State("STOPPED")
         try:
             self._start_up()
-            self._judge_until(stop)
+            if not stop.is_set():
+                self._ready()
+                self._judge_until(stop)
         except StpmError as error:
             last = State("FAULT", type(error).__name__)
             raise
@@ -81,19 +85,27 @@ class Line:
         deviation = self_test(self.bundle, self.engine)
         self.engine.warm_up()
         self.report(f"self test passed: largest deviation {deviation:.2%} of the golden scores")
-        self._send(State("READY"))
+
+    def _ready(self) -> None:
+        simulated = self.engine.describe()["backend"] == "fake"
+        self._send(State("READY", "SIMULATED" if simulated else ""))
         self.report("READY")
 
     def _judge_until(self, stop: threading.Event) -> None:
         while not stop.is_set() and not self.camera.finished and self.summary.judged != self.parts:
-            frame = self.camera.read(timeout=self._beat.due_in())
+            frame = self.camera.read(timeout=min(self._beat.due_in(), LONGEST_WAIT_S))
             if frame is not None:
                 self._judge(frame)
             elif self._beat.due_in() == 0:
                 self._send(Beat(self.summary.judged))
 
     def _judge(self, frame: Frame) -> None:
-        inference, verdict = self._examine(frame)
+        try:
+            inference, verdict = self._examine(frame)
+        except BaseException:
+            self.summary.verdicts["UNKNOWN"] += 1
+            self.summary.undelivered += 1
+            raise
         self.summary.verdicts[verdict.verdict] += 1
         self._deliver(Part(frame.number, verdict.verdict, verdict.score))
         elapsed = time.monotonic_ns() - frame.captured_ns

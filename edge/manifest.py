@@ -1,6 +1,7 @@
 """What a bundle says of itself: manifest.json, schema 1. Read strictly: an unknown or missing field is an error."""
 
-from typing import Literal
+import hashlib
+from typing import Annotated, Literal
 
 import msgspec
 from stpm.edge.errors import BundleError
@@ -41,7 +42,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Threshold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part whose score is above `value` fails."""
 
-    value: float
+    value: Annotated[float, msgspec.Meta(gt=0)]
     rule: str
     false_reject_rate: float | None  # what the rule can promise on parts like the held-out normals
     normals: int
@@ -92,6 +93,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     accuracy: Accuracy | None
     versions: dict[str, str]
     files: dict[str, str]  # name → sha256 of every other file in the folder
+    sha256: str = ""  # of this manifest, encoded with this field empty
 
 
 class _SchemaOnly(msgspec.Struct):
@@ -99,7 +101,13 @@ class _SchemaOnly(msgspec.Struct):
 
 
 def encode(manifest: Manifest) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    """The text of manifest.json, sealed with its own hash."""
+    sealed = msgspec.structs.replace(manifest, sha256=_seal(manifest))
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
+
+
+def _seal(manifest: Manifest) -> str:
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, sha256=""))).hexdigest()
 
 
 def decode(content: bytes, source: str) -> Manifest:
@@ -111,6 +119,12 @@ def decode(content: bytes, source: str) -> Manifest:
                 f"{source} has schema {schema} and this version reads schema {SCHEMA}: "
                 "build the bundle again with `stpm-build`, or install the version that made it"
             )
-        return msgspec.json.decode(content, type=Manifest)
+        manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{source} is damaged ({error}): copy the bundle again or build it again") from error
+    if manifest.sha256 != _seal(manifest):
+        raise BundleError(f"{source} is damaged (its sha256 does not fit): copy the bundle again or build it again")
+    named = {manifest.graph, manifest.golden.file, *(engine.main for engine in manifest.engines.values())}
+    if not named <= set(manifest.files):
+        raise BundleError(f"{source} names files that it has no sha256 of ({', '.join(named - set(manifest.files))})")
+    return manifest

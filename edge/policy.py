@@ -11,11 +11,6 @@ class Verdict:
     score: float | None
     reason: str = ""
 
-    @property
-    def rejected(self) -> bool:
-        """Only a PASS lets a part through."""
-        return self.verdict != "PASS"
-
 
 def judge(score: float | None, threshold: float, problem: str = "") -> Verdict:
     """FAIL above the threshold, PASS up to it, UNKNOWN without a finite score."""

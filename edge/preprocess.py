@@ -7,7 +7,7 @@ import cv2
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from stpm.edge.errors import InputError
+from stpm.edge.errors import InputError, RegionError
 
 Image = npt.NDArray[np.uint8]
 Tensor = npt.NDArray[np.float32]
@@ -44,7 +44,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return image
         x, y, width, height = self.roi
         if min(x, y) < 0 or min(width, height) < 1 or x + width > image.shape[1] or y + height > image.shape[0]:
-            raise InputError(
+            raise RegionError(
                 f"the region of interest {x},{y},{width},{height} does not lie inside a frame of "
                 f"{image.shape[1]}×{image.shape[0]} pixels: set the camera to the size the bundle was built for, "
                 "or build with another --roi"

@@ -1,8 +1,10 @@
-"""What a run leaves on disk: one JSON line per part and a picture of every reject.
+"""What runs leave on disk: one JSON line per part and a picture of every reject. A later run adds to an earlier one.
 
 A full disk degrades to counting: the line goes on, and the number of records that were lost is known.
 """
 
+import errno
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
@@ -13,11 +15,12 @@ from stpm.edge.engine import Inference
 from stpm.edge.errors import StorageError
 from stpm.edge.picture import defect_picture
 from stpm.edge.policy import Verdict
-from stpm.edge.preprocess import Preprocess
+from stpm.edge.preprocess import Image, Preprocess
 from stpm.edge.storage import storage_errors
 
 
 class Record(msgspec.Struct, frozen=True):
+    at: str  # UTC, ISO 8601
     id: int
     name: str
     verdict: str
@@ -31,6 +34,7 @@ class Results:
     def __init__(self, folder: Path, preprocess: Preprocess, threshold: float) -> None:
         self._preprocess, self._threshold = preprocess, threshold
         self._pictures = folder / "rejects"
+        self._run = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
         self.lost = 0
         with storage_errors(folder):
             self._pictures.mkdir(parents=True, exist_ok=True)
@@ -38,22 +42,34 @@ class Results:
 
     def add(self, frame: Frame, verdict: Verdict, inference: Inference | None, latency_ms: float) -> None:
         record = Record(
-            frame.number, frame.name, verdict.verdict, verdict.score, self._threshold, latency_ms, verdict.reason
+            datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            frame.number,
+            frame.name,
+            verdict.verdict,
+            verdict.score,
+            self._threshold,
+            latency_ms,
+            verdict.reason,
         )
         try:
             with storage_errors(self._pictures):
-                self._file.write(msgspec.json.encode(record) + b"\n")
-                if verdict.verdict == "FAIL" and frame.image is not None and inference is not None:
-                    self._save_picture(frame, verdict, inference)
+                line = msgspec.json.encode(record) + b"\n"
+                if self._file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                if verdict.verdict != "PASS" and frame.image is not None:
+                    self._save_picture(frame.image, verdict, inference, f"{self._run}-{frame.number:06d}", frame.name)
         except StorageError:
             self.lost += 1
 
-    def _save_picture(self, frame: Frame, verdict: Verdict, inference: Inference) -> None:
-        assert frame.image is not None
-        caption = f"part {frame.number}  {verdict.verdict}  {verdict.score:.3e} > {self._threshold:.3e}  {frame.name}"
-        picture = defect_picture(self._preprocess.resize(frame.image), inference.maps[0], self._threshold, caption)
+    def _save_picture(self, image: Image, verdict: Verdict, inference: Inference | None, stem: str, name: str) -> None:
+        if inference is None:
+            picture = image
+        else:
+            score = "" if verdict.score is None else f"  {verdict.score:.3e}"
+            caption = f"{name}  {verdict.verdict}{score}  threshold {self._threshold:.3e}"
+            picture = defect_picture(self._preprocess.resize(image), inference.maps[0], self._threshold, caption)
         _, encoded = cv2.imencode(".png", picture)
-        (self._pictures / f"{frame.number:06d}.png").write_bytes(encoded.tobytes())
+        (self._pictures / f"{stem}.png").write_bytes(encoded.tobytes())
 
     def close(self) -> None:
         self._file.close()

@@ -20,8 +20,7 @@ def storage_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise StorageError(
-                f"no space left while writing {target} ({error.strerror}): free some space and run the command again; "
-                "nothing half-written was left"
+                f"no space left while writing {target} ({error.strerror}): free some space and run the command again"
             ) from error
         raise StorageError(f"cannot write {target} ({error.strerror}): check the path and its permissions") from error
 

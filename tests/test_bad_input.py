@@ -280,12 +280,22 @@ def test_evaluation_without_labels(bundle, tmp_path, capfd):
         ["--camera", "0"],
         ["--camera", "0", "--plc", "none", "--fps", "0"],
         ["--camera", "0", "--plc", "none", "--parts", "-1"],
+        ["--camera", "0", "--plc", "none", "--heartbeat", "inf"],
     ],
 )
 def test_wrong_command_line_is_code_2(arguments, capfd):
     with pytest.raises(SystemExit) as ended:
         run_main(arguments)
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("out", ["student.pth", "folder"])
+def test_a_student_file_that_cannot_be_is_refused_before_training(parts, tmp_path, capfd, out):
+    (tmp_path / "folder").mkdir()
+    words = ["--category", "bushing", "--data", parts, "--teacher", "builtin", "--work", tmp_path / "work"]
+    assert train_main([str(word) for word in [*words, "--out", tmp_path / out]]) == 3
+    one_sentence(capfd, ".npz")
+    assert not (tmp_path / "work").exists()
 
 
 def test_an_interrupted_build_goes_on(parts, tmp_path):

@@ -75,6 +75,17 @@ def test_weights_stay_float_before_their_q(graphs):
     assert kinds == {TensorProto.FLOAT: 30}
 
 
+def test_weights_use_half_their_range_so_that_sixteen_bits_hold_two_products(graphs):
+    """A CPU without VNNI multiplies unsigned 8-bit activations (up to 255) and adds pairs in a signed 16-bit word."""
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graphs["int8"].graph.initializer}
+    for node in graphs["int8"].graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in values:
+            weight, scale = values[node.input[0]], values[node.input[1]]
+            steps = np.round(weight / scale.reshape(-1, 1, 1, 1))
+            assert 2 * 255 * np.abs(steps).max() <= 32767
+            assert np.abs(steps).max() == 63
+
+
 def test_int8_differs_from_fp32_by_little_but_differs(graphs, bundles):
     bundle = bundles["fp32"]
     tensor = bundle.manifest.preprocess(bundle.golden().frames[2])

@@ -1,5 +1,7 @@
 """Contract 4: a damaged bundle is never opened."""
 
+import hashlib
+import re
 import shutil
 
 import msgspec
@@ -55,6 +57,9 @@ def test_another_schema_is_refused_even_when_its_fields_are_unknown(copy):
         lambda text: text.replace('"schema": 1', '"schema": "1"'),
         lambda text: text.replace('"precision": "int8"', '"precision": "int7"'),
         lambda text: "",
+        lambda text: re.sub(r'("value": \d\.\d)\d', lambda found: found[1] + "9", text, count=1),
+        lambda text: text.replace("0.485", "0.585"),
+        lambda text: text.replace('"roi": null', '"roi": [0, 0, 9, 9]'),
     ],
 )
 def test_a_damaged_manifest_is_refused(copy, damage):
@@ -67,6 +72,7 @@ def test_a_damaged_manifest_is_refused(copy, damage):
 
 def test_manifest_survives_the_round_trip(bundle):
     assert manifests.decode(manifests.encode(bundle.manifest), "memory") == bundle.manifest
+    assert (bundle.path / MANIFEST).read_bytes() == manifests.encode(bundle.manifest)
 
 
 def test_manifest_says_what_it_was_made_from(bundle):
@@ -93,3 +99,34 @@ def test_find_bundle_takes_the_only_one_and_lists_several(copy):
         find_bundle(root)
     with pytest.raises(BundleError, match="found none"):
         find_bundle(root / "nowhere")
+
+
+def test_no_flipped_bit_of_the_manifest_changes_what_it_says(bundle):
+    """Every bit of every byte: refused, or harmless (white space between the fields)."""
+    text = (bundle.path / MANIFEST).read_bytes()
+    for index in range(0, len(text), 3):
+        flipped = bytearray(text)
+        flipped[index] ^= 1 << index % 8
+        try:
+            found = manifests.decode(bytes(flipped), "flipped")
+        except BundleError:
+            continue
+        assert found == bundle.manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"graph": "../elsewhere.onnx"}, "elsewhere"),
+        ({"threshold": {"value": -1.0}}, "damaged"),
+    ],
+)
+def test_a_sealed_manifest_that_makes_no_sense_is_refused(bundle, change, message):
+    raw = msgspec.to_builtins(bundle.manifest)
+    for name, value in change.items():
+        raw[name] = {**raw[name], **value} if isinstance(value, dict) else value
+    # sealed as our own writer would, without the checks that reading makes
+    raw["sha256"] = ""
+    raw["sha256"] = hashlib.sha256(msgspec.json.encode(raw)).hexdigest()
+    with pytest.raises(BundleError, match=message):
+        manifests.decode(msgspec.json.encode(raw), "memory")

@@ -85,7 +85,7 @@ def test_one_line_per_part_between_ready_and_stopped(bundle):
     camera, wire = Script(*frames(3)), Wire()
     summary = line_of(bundle, camera, wire, 0.5, 2.0, 1.0).run(threading.Event())
     assert wire.states == ["BOOT", "SELF_TEST", "READY", "STOPPED"]
-    assert wire.messages[:3] == [State("BOOT"), State("SELF_TEST"), State("READY")]
+    assert wire.messages[:3] == [State("BOOT"), State("SELF_TEST"), State("READY", "SIMULATED")]
     assert wire.messages[-1] == State("STOPPED")
     assert wire.parts == [(1, "PASS"), (2, "FAIL"), (3, "PASS")]
     assert summary.captured == summary.judged == 3
@@ -179,10 +179,10 @@ def test_parts_limits_the_run(bundle):
 
 def test_heartbeats_fill_the_silence_and_only_the_silence(bundle):
     wire = Wire()
-    camera = Script((IMAGE,), None, None, (IMAGE,), (IMAGE,))
+    camera = Script((IMAGE,), *[None] * 4, (IMAGE,), (IMAGE,))
     line_of(bundle, camera, wire, 0.5, 0.5, 0.5, heartbeat_s=0.05).run(threading.Event())
     after_ready = wire.messages[3:]
-    assert [type(message) for message in after_ready] == [Part, Beat, Beat, Part, Part, State]
+    assert [type(message) for message in after_ready] == [Part, Beat, Beat, Beat, Beat, Part, Part, State]
     assert after_ready[1] == Beat(1)
 
 
@@ -193,3 +193,20 @@ def test_stages_are_timed(bundle):
     assert all(
         stage.count == 4 and 0 < stage.p50 <= stage.p90 <= stage.p99 <= stage.max for stage in percentiles.values()
     )
+
+
+def test_no_ready_when_stopped_during_the_self_test(bundle):
+    stop, wire = threading.Event(), Wire()
+    stop.set()
+    line_of(bundle, Script(*frames(1)), wire, 0.5).run(stop)
+    assert wire.states == ["BOOT", "SELF_TEST", "STOPPED"]
+
+
+def test_a_bug_while_a_part_is_examined_still_counts_the_part(bundle):
+    wire = Wire()
+    line = line_of(bundle, Script(*frames(3)), wire, 0.5, MemoryError())
+    with pytest.raises(MemoryError):
+        line.run(threading.Event())
+    assert line.summary.captured == line.summary.judged == 2
+    assert line.summary.verdicts == {"PASS": 1, "UNKNOWN": 1}
+    assert wire.messages[-1] == State("FAULT", "unexpected MemoryError")

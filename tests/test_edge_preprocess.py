@@ -26,6 +26,19 @@ def test_halving_takes_the_mean_of_four_pixels_and_swaps_to_rgb():
                 assert abs(found[0, channel, y, x] - wanted) <= 0.5001 / 255 / STD[channel]
 
 
+@pytest.mark.parametrize("size", [18, 17, 20])
+def test_resizing_weighs_every_pixel_by_the_area_it_covers(size):
+    """3:1, and two ratios that cut pixels; bilinear sampling would skip some."""
+    image = frame(size, size)
+    found = Preprocess(height=6, width=6).resize(image)
+    edges = np.linspace(0, size, 7)
+    cover = np.clip(
+        np.minimum(np.arange(1, size + 1), edges[1:, None]) - np.maximum(np.arange(size), edges[:-1, None]), 0, 1
+    )
+    wanted = np.einsum("yi,xj,ijc->yxc", cover, cover, image.astype(float)) * (6 / size) ** 2
+    assert np.abs(found - wanted).max() <= 1
+
+
 def test_normalising_is_exact_for_every_grey_level():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     found = Preprocess(16, 16)(levels)

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from stpm.edge.plc.protocol import State
 from stpm.tools.plc_sim import PtyPlc
 
 RUN = [sys.executable, "-m", "stpm.edge.cli"]
@@ -49,8 +50,8 @@ def test_a_folder_is_judged_and_every_part_reaches_the_plc(bundle, parts, tmp_pa
     for record in records:
         assert record["verdict"] == ("FAIL" if record["score"] > threshold else "PASS")
         assert (record["id"] in gate.passed) == (record["verdict"] == "PASS")
-        picture = tmp_path / "results" / "rejects" / f"{record['id']:06d}.png"
-        assert picture.exists() == (record["verdict"] == "FAIL")
+        pictures = list((tmp_path / "results" / "rejects").glob(f"*-{record['id']:06d}.png"))
+        assert len(pictures) == (record["verdict"] == "FAIL")
     assert gate.verdicts["FAIL"] > 0
 
 
@@ -230,3 +231,67 @@ def test_a_full_disk_does_not_stop_the_line(bundle, parts, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "captured 8 = judged 8" in result.stdout
     assert "8 records or pictures could not be written" in result.stdout
+
+
+def test_a_terminal_that_goes_away_does_not_stop_the_line(bundle, parts):
+    with PtyPlc() as plc:
+        process = subprocess.Popen(
+            [
+                *RUN,
+                "--bundle",
+                str(bundle.path),
+                "--backend",
+                "fake",
+                "--camera",
+                str(parts / "bushing" / "test"),
+                "--plc",
+                plc.port,
+                "--loop",
+                "--fps",
+                "50",
+                "--parts",
+                "30",
+            ],
+            stdout=subprocess.PIPE,
+        )
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=30) == 0
+    assert len(plc.gate.passed) == 20
+    assert plc.gate.states[-1] == "STOPPED"
+
+
+def test_a_long_heartbeat_does_not_delay_the_stop(bundle, parts):
+    with PtyPlc() as plc:
+        process = subprocess.Popen(
+            [
+                *RUN,
+                "--bundle",
+                str(bundle.path),
+                "--backend",
+                "fake",
+                "--camera",
+                str(parts / "bushing" / "test"),
+                "--plc",
+                plc.port,
+                "--fps",
+                "0.01",
+                "--heartbeat",
+                "600",
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        wait_for(lambda: plc.gate.passed)
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+        assert time.monotonic() - start < 5
+    assert plc.gate.states[-1] == "STOPPED"
+
+
+def test_scripted_verdicts_are_announced_on_the_wire(bundle, parts):
+    seen = []
+    with PtyPlc(seen.append) as plc:
+        run("--bundle", bundle.path, "--backend", "fake", "--camera", parts / "bushing" / "test", "--plc", plc.port)
+    assert State("READY", "SIMULATED") in seen

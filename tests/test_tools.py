@@ -26,7 +26,8 @@ def test_bench_measures_bundles_in_turn_and_writes_json(bundles, tmp_path, capsy
             assert 0 < stage["p50"] <= stage["p90"] <= stage["p99"] <= stage["max"]
         stages = bundle["stages"]
         assert stages["total"]["p50"] >= stages["preprocess"]["p50"] + stages["inference"]["p50"] * 0.5
-        assert bundle["inside"]["head"] > 0
+        assert 0 < bundle["inside"]["head"]["p50"] < bundle["inside"]["pyramids"]["p50"]
+        assert bundle["inside"]["head"]["count"] == 5
     assert report["bundles"][1]["sha256"] == bundles["int8"].sha256
     printed = capsys.readouterr().out
     assert "× the speed of" in printed
@@ -95,6 +96,23 @@ def test_the_gate_notices_loss_damage_and_silence():
     assert gate.silences == 0
     gate.feed(lines(Beat(2), start=5), 9.0)
     assert gate.silences == 1
+
+
+def test_an_id_that_was_seen_before_is_rejected_until_the_next_boot():
+    gate = Gate()
+    gate.feed(lines(State("READY"), Part(1, "FAIL", 0.9), Part(1, "PASS", 0.1), Part(2, "PASS", 0.1)), 0)
+    assert gate.passed == [2]
+    assert gate.rejected == [1, 1]
+    gate.feed(lines(State("BOOT"), State("READY"), Part(1, "PASS", 0.1)), 0)
+    assert gate.passed == [2, 1]
+    assert gate.lost == 0
+
+
+def test_empty_lines_mean_nothing():
+    gate = Gate()
+    gate.feed(b"\r\n" + lines(State("READY"), Beat(0)), 0)
+    assert gate.ready
+    assert gate.damaged == gate.lost == 0
 
 
 def test_lines_may_come_in_pieces():

@@ -1,13 +1,11 @@
 """Latency of bundles, stage by stage: frame in memory → preprocess → inference → decision.
 
 Several bundles are measured in turn, frame by frame, so that a busy machine slows them alike; compare the ratios.
-The frames are the bundle's own golden frames. "pyramids" and "head" divide one inference by the engine's own
-counters, in a separate pass because counting costs time.
+The frames are the bundle's own golden frames. "pyramids" and "head" are the two parts of an inference by the
+engine's own counters, from a separate pass because counting costs time.
 
 JSON, schema 1: {schema, started, machine, runs, bundles: [{path, sha256, category, precision, engine, stages,
-inside}]},
-where stages maps a stage to {count, p50, p90, p99, max} and inside maps a part of the inference to its share. All
-times are milliseconds.
+inside}]}, where stages and inside map a name to {count, p50, p90, p99, max} in milliseconds.
 """
 
 import argparse
@@ -45,7 +43,7 @@ class Measured(msgspec.Struct, frozen=True):
     precision: str
     engine: dict[str, str]
     stages: dict[str, Percentiles]
-    inside: dict[str, float]  # milliseconds of one inference, by the engine's own counters
+    inside: dict[str, Percentiles]  # parts of the inference, by the engine's own counters
 
 
 class Benchmark(msgspec.Struct, frozen=True):
@@ -90,12 +88,16 @@ def measure(bundles: list[Path], backend: str, runs: int) -> Benchmark:
                     subject.latency = Latency()
             for subject in subjects:
                 subject.run(index)
-        return Benchmark(SCHEMA, started, machine(), runs, [_measured(subject) for subject in subjects])
+        return Benchmark(SCHEMA, started, machine(), runs, [_measured(subject, runs) for subject in subjects])
 
 
-def _measured(subject: Subject) -> Measured:
+def _measured(subject: Subject, runs: int) -> Measured:
     manifest = subject.bundle.manifest
-    inside = subject.engine.profile(manifest.preprocess(subject.frames[0]))
+    counted = subject.engine.profile(manifest.preprocess(subject.frames[0]), runs)
+    inside = Latency()
+    for name, samples in counted.items():
+        for milliseconds in samples:
+            inside.add(name, int(milliseconds * 1e6))
     return Measured(
         str(subject.bundle.path),
         subject.bundle.sha256,
@@ -103,7 +105,7 @@ def _measured(subject: Subject) -> Measured:
         manifest.precision,
         subject.engine.describe(),
         subject.latency.percentiles(),
-        inside,
+        inside.percentiles(),
     )
 
 
@@ -151,7 +153,8 @@ def _run(options: argparse.Namespace) -> None:
         note = "" if bundle is first else f"   inference {ratio:.2f}× the speed of {first.path} (p50)"
         print(f"\n{bundle.path} ({bundle.precision}, {bundle.engine['backend']}){note}")
         print(table(bundle.stages))
-        print("inside one inference: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in bundle.inside.items()))
+        print("inside the inference, by the engine's own counters:")
+        print("\n".join(table(bundle.inside).splitlines()[1:]))
     if options.json:
         write_file(options.json, msgspec.json.format(msgspec.json.encode(benchmark)) + b"\n")
         print(f"\nwritten: {options.json}")

@@ -5,6 +5,7 @@ python -m stpm.tools.demo --out demo
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -56,7 +57,7 @@ def main() -> int:
 
     say("3/4  stpm-run: judge the parts and tell a simulated PLC on a pseudo-terminal")
     results = out / "results"
-    (results / "parts.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(results, ignore_errors=True)
     with PtyPlc() as plc:
         run(
             "stpm.edge.cli",

@@ -1,6 +1,7 @@
 """stpm-eval: the accuracy of a bundle on labelled images, measured through the engine in it."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -137,9 +138,9 @@ def table(report: Report) -> str:
 def _write(out: Path, report: Report, evaluation: Evaluation) -> None:
     wrong = out / "wrong"
     with storage_errors(out):
+        if (out / "report.json").is_file():  # an earlier report of ours
+            shutil.rmtree(wrong, ignore_errors=True)
         wrong.mkdir(parents=True, exist_ok=True)
-        for old in wrong.glob("*.png"):
-            old.unlink()
     write_file(out / "report.json", msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     _write_picture(out / "overview.png", overview(report, evaluation))
     for index, item in enumerate(evaluation.items):

@@ -32,6 +32,7 @@ class Gate:
         self._silence_s, self._last_heard = silence_s, 0.0
         self._expected: int | None = None
         self._rest = b""
+        self._newest = 0  # the highest part id so far
 
     @property
     def ready(self) -> bool:
@@ -45,12 +46,15 @@ class Gate:
         *lines, self._rest = (self._rest + data).split(b"\n")
         messages = []
         for line in lines:
+            if not line.strip():
+                continue
             try:
                 sequence, message = decode(line)
             except ProtocolError:
                 self.damaged += 1
                 continue
-            if self._expected is not None and sequence != self._expected:
+            booted = message == State("BOOT")
+            if self._expected is not None and sequence != self._expected and not booted:
                 self.lost += (sequence - self._expected) % SEQUENCE_MODULUS
             self._expected = (sequence + 1) % SEQUENCE_MODULUS
             self._take(message)
@@ -61,11 +65,15 @@ class Gate:
         match message:
             case State(state, _):
                 self.states.append(state)
+                if state == "BOOT":
+                    self._newest = 0
             case Beat(_):
                 self.beats += 1
             case Part(id, verdict, _):
                 self.verdicts[verdict] += 1
-                (self.passed if verdict == "PASS" and self.ready else self.rejected).append(id)
+                good = verdict == "PASS" and self.ready and id > self._newest
+                (self.passed if good else self.rejected).append(id)
+                self._newest = max(self._newest, id)
 
     def summary(self) -> str:
         return (

@@ -18,9 +18,13 @@ prepare() {
     fi
     echo "installing what [$1] needs into .venv (once; about a minute)"
     "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$1]" || exit 2
-    if ! "$python" -c 'import cv2'; then
-        echo "OpenCV does not load: install its system libraries (Debian: apt-get install libgl1 libglib2.0-0)" >&2
-        exit 2
+    if ! "$python" -c 'import cv2' 2>/dev/null; then
+        # a bare server has no libGL; the headless build is the same OpenCV without windows
+        echo "opencv-python does not load here, taking opencv-python-headless instead"
+        "$python" -m pip uninstall --quiet --yes opencv-python
+        "$python" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps \
+            opencv-python-headless || exit 2
+        "$python" -c 'import cv2' || exit 2
     fi
     echo "$wanted" > "$stamp"
 }

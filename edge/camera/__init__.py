@@ -19,12 +19,12 @@ def open_camera(source: str, fps: float | None = None, loop: bool = False) -> Ca
     from stpm.edge.camera.recorded import FolderCamera, VideoFile
 
     path = Path(source)
-    if source.isdigit() or source.startswith("/dev/") or "://" in source:
-        return LiveCamera(source, fps)
     if path.is_dir():
         return FolderCamera(path, fps, loop)
     if path.is_file():
         return VideoFile(path, fps, loop)
+    if (source.isascii() and source.isdigit()) or source.startswith("/dev/") or "://" in source:
+        return LiveCamera(source, fps)
     raise CameraError(
         f"wanted a camera index, /dev/videoN, a URL, a video file or a folder of images, found nothing at {source}: "
         "check --camera"

@@ -5,6 +5,7 @@ Without it the driver's queue hands out old frames, and the reject comes one par
 
 import threading
 import time
+from typing import cast
 
 import cv2
 from stpm.edge.camera.base import Frame
@@ -78,4 +79,4 @@ class LiveCamera:
             return None, f"failed in OpenCV ({error.err})"
         if not good or image is None:
             return None, "has stopped delivering frames"
-        return image.astype("uint8", copy=False), ""
+        return cast(Image, image), ""

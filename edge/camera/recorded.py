@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import cast
 
 import cv2
 from stpm.edge.camera.base import Frame
@@ -61,7 +62,7 @@ class FolderCamera:
         except InputError as error:
             problem = str(error)
         # a real camera stamps the frame when it is there, not when reading began
-        return Frame(self.captured, time.monotonic_ns(), str(path.relative_to(self._folder)), image, problem)
+        return Frame(self.captured, time.monotonic_ns(), _printable(path.relative_to(self._folder)), image, problem)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -102,4 +103,9 @@ class VideoFile:
 
     def _decode(self) -> Image | None:
         good, image = self._capture.read()
-        return image.astype("uint8", copy=False) if good else None
+        return cast(Image, image) if good else None
+
+
+def _printable(path: Path) -> str:
+    """The name, with `?` for bytes that are not UTF-8: it goes to terminals and JSON."""
+    return str(path).encode("utf-8", "replace").decode()

@@ -10,9 +10,9 @@ BACKENDS = ("openvino", "fake")
 
 
 def open_engine(bundle: Bundle, backend: str = "auto") -> Engine:
-    """Load the bundle into a backend; "auto" takes the one that the bundle was compiled for."""
+    """Load the bundle into a backend; "auto" takes a real one that the bundle was compiled for."""
     if backend == "auto":
-        backend = next((name for name in BACKENDS if name in bundle.manifest.engines), BACKENDS[0])
+        backend = "openvino"  # the only one that bundles are compiled for; never the fake
     if backend == "fake":
         from stpm.edge.engine.fake import FakeEngine
 

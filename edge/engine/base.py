@@ -27,8 +27,8 @@ class Engine(Protocol):
     def infer(self, tensor: Tensor) -> Inference:
         """float32 N×3×height×width from `Preprocess`. A wrong shape or dtype, or a failing run, is an EngineError."""
 
-    def profile(self, tensor: Tensor) -> dict[str, float]:
-        """Milliseconds spent in the "pyramids" and in the "head" for one input, as the engine itself counts them."""
+    def profile(self, tensor: Tensor, runs: int) -> dict[str, list[float]]:
+        """Milliseconds in the "pyramids" and in the "head" of each of `runs` inferences, by the engine's counters."""
 
     def describe(self) -> dict[str, str]:
         """Backend, device and versions, for logs and reports."""
@@ -57,7 +57,7 @@ class ClosesOnExit:
 
 
 def check_input(tensor: Tensor, height: int, width: int) -> None:
-    """EngineError unless `tensor` is a contiguous float32 N×3×height×width with N ≥ 1."""
+    """EngineError unless `tensor` is a contiguous, finite float32 N×3×height×width with N ≥ 1."""
     good = (
         isinstance(tensor, np.ndarray)
         and tensor.dtype == np.float32
@@ -65,10 +65,11 @@ def check_input(tensor: Tensor, height: int, width: int) -> None:
         and tensor.shape[0] >= 1
         and tensor.shape[1:] == (3, height, width)
         and tensor.flags.c_contiguous
+        and bool(np.isfinite(tensor).all())
     )
     if not good:
         found = f"{tensor.dtype} {tensor.shape}" if isinstance(tensor, np.ndarray) else type(tensor).__name__
         raise EngineError(
-            f"wanted a contiguous float32 N×3×{height}×{width}, found {found}: pass the frame through the bundle's "
-            "own preprocessing"
+            f"wanted a contiguous and finite float32 N×3×{height}×{width}, found {found}: "
+            "pass the frame through the bundle's own preprocessing"
         )

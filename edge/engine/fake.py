@@ -49,8 +49,8 @@ class FakeEngine(ClosesOnExit):
             np.concatenate([answer.maps for answer in answers]), np.concatenate([answer.scores for answer in answers])
         )
 
-    def profile(self, tensor: Tensor) -> dict[str, float]:
-        return {"pyramids": 0.0, "head": 0.0}
+    def profile(self, tensor: Tensor, runs: int) -> dict[str, list[float]]:
+        return {"pyramids": [0.0] * runs, "head": [0.0] * runs}
 
     def describe(self) -> dict[str, str]:
         return {"backend": "fake", "device": "a script"}

@@ -39,7 +39,7 @@ class OpenVinoEngine(ClosesOnExit):
             raise EngineError(
                 f"this bundle needs OpenVINO, which is not installed ({error}): pip install 'stpm-edge[cpu]'"
             ) from error
-        self._height, self._width = height, width
+        self._height, self._width, self._device = height, width, device
         self._core = openvino.Core()
         try:
             self._model = self._core.read_model(model)
@@ -71,20 +71,28 @@ class OpenVinoEngine(ClosesOnExit):
                 outputs = self._request.infer([tensor[index : index + 1]], share_inputs=True)
             except RuntimeError as error:
                 raise EngineError(f"OpenVINO failed on a frame ({_first_line(error)})") from error
-            maps[index], scores[index] = outputs[0][0, 0], outputs[1][0]
+            maps[index] = outputs[0][0, 0]
+            # not the graph's own maximum: numpy's is the one that does not lose a NaN
+            scores[index] = maps[index].max()
         return Inference(maps, scores)
 
-    def profile(self, tensor: Tensor) -> dict[str, float]:
+    def profile(self, tensor: Tensor, runs: int) -> dict[str, list[float]]:
         check_input(tensor, self._height, self._width)
-        compiled = self._core.compile_model(self._model, "CPU", {**LATENCY, "PERF_COUNT": True})
+        compiled = self._core.compile_model(self._model, self._device, {**LATENCY, "PERF_COUNT": True})
         request = compiled.create_infer_request()
-        for _ in range(WARM_UP_RUNS):
+        spent: dict[str, list[float]] = {"pyramids": [], "head": []}
+        for run in range(-WARM_UP_RUNS, runs):
             request.infer([tensor[:1]])
-        spent = {"pyramids": 0.0, "head": 0.0}
-        for node in request.profiling_info:
+            if run < 0:
+                continue
             # a node keeps the name that the exporter gave it, the path of the torch module
-            name = "head" if "head/" in node.node_name else "pyramids"
-            spent[name] += node.real_time.total_seconds() * 1e3
+            milliseconds = {"pyramids": 0.0, "head": 0.0}
+            for node in request.profiling_info:
+                milliseconds["head" if "head/" in node.node_name else "pyramids"] += (
+                    node.real_time.total_seconds() * 1e3
+                )
+            for name, value in milliseconds.items():
+                spent[name].append(value)
         return spent
 
     def describe(self) -> dict[str, str]:

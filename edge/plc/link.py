@@ -24,9 +24,11 @@ class SerialLink:
 
     def __init__(self, port: str, baud: int = 115200, trace: Callable[[bytes], None] | None = None) -> None:
         self._name, self._trace, self._sequence = port, trace, 0
+        # the first line, and one after a write that failed, must not be glued to what is already on the wire
+        self._separate = True
         try:
             self._port = serial.Serial(port, baud, timeout=0, write_timeout=WRITE_TIMEOUT_S, exclusive=True)
-        except (serial.SerialException, OSError, ValueError) as error:
+        except (serial.SerialException, OSError, ValueError, OverflowError) as error:
             raise PlcError(
                 f"the PLC port {port} does not open ({_reason(error)}): check the cable, the name "
                 "(`ls /dev/tty*`) and that this user is in the group dialout; `--plc none` runs without a PLC"
@@ -36,8 +38,10 @@ class SerialLink:
         line = encode(message, self._sequence)
         self._sequence = (self._sequence + 1) % SEQUENCE_MODULUS
         try:
-            self._port.write(line)
+            self._port.write(b"\r\n" + line if self._separate else line)
+            self._separate = False
         except (serial.SerialException, OSError) as error:
+            self._separate = True
             raise PlcError(
                 f"the PLC port {self._name} did not take a line ({_reason(error)}): check that the cable is plugged "
                 "in and that the other side reads, then start again"

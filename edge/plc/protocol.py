@@ -3,15 +3,17 @@ r"""The ASCII protocol on the serial line: text to bytes and back, without any I
 Every line is `BODY*CCCC\r\n`, ASCII. CCCC is the CRC-16/XMODEM of BODY (polynomial 0x1021, start 0), four upper-case
 hexadecimal digits. BODY is one of
 
-    STATE,<seq>,<state>[,<reason>]          BOOT, SELF_TEST, READY, FAULT or STOPPED
+    STATE,<seq>,<state>[,<reason>]          BOOT, SELF_TEST, READY, FAULT or STOPPED; READY,SIMULATED without an engine
     PART,<seq>,<id>,<verdict>,<score>       PASS, FAIL or UNKNOWN; the score as 1.2345e-03, or NONE
     BEAT,<seq>,<judged>                     when no other line was due: the link and the judging loop are alive
 
-<seq> counts every line from 0 to 65535 and starts again at 0, so the PLC sees a lost line. <id> counts the parts
-from 1. A reason has no comma, no asterisk and no control character.
+<seq> is 0 with BOOT, counts every line up to 65535 and starts again at 0, so the PLC sees a lost line. <id> counts the
+parts from 1 and only grows. Empty lines mean nothing: one is sent first, and one after a failed write. A reason has
+no comma, no asterisk and no control character.
 
-What the PLC must do: let a part through only for a PASS with that part's id. Everything else (FAIL, UNKNOWN, a line
-with a wrong CRC, a gap in <seq>, a state other than READY, no line for three heartbeats) rejects.
+What the PLC must do: let a part through only for a PASS with that part's id and a right CRC while the state is READY.
+Everything else rejects: FAIL, UNKNOWN, no PASS in time (lost, damaged or late), an id seen before. A gap in <seq>, a
+wrong CRC and silence for three heartbeats are alarms.
 """
 
 import binascii
