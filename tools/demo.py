@@ -23,7 +23,7 @@ def main() -> int:
     options.add_argument("--out", type=Path, default=Path("demo"))
     options.add_argument("--good", type=int, default=60)
     options.add_argument("--test", type=int, default=24)
-    options.add_argument("--epochs", type=int, default=12)
+    options.add_argument("--epochs", type=int, default=40)
     chosen = options.parse_args()
     out, started = chosen.out, time.monotonic()
     data, bundle = out / "data", out / f"{CATEGORY}-int8"
