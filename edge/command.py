@@ -14,8 +14,8 @@ from stpm.edge.errors import StorageError, StpmError
 INTERRUPTED = 130
 
 EXIT_CODES = (
-    "exit codes: 0 done; 1 unexpected; 2 wrong command line; 3 images or weights; 4 bundle; 5 engine or self test; "
-    "6 camera; 7 PLC; 8 disk; 9 training; 130 interrupted"
+    "exit codes: 0 done; 1 unexpected; 2 wrong command line; 3 images or weights; 4 bundle;\n"
+    "5 engine or self test; 6 camera; 7 PLC; 8 disk; 9 training; 130 interrupted"
 )
 
 

@@ -1,6 +1,7 @@
 """Benchmark, evaluation, PLC simulator and the drawn parts."""
 
 import json
+import sys
 
 import cv2
 import numpy as np
@@ -133,3 +134,25 @@ def test_a_drawn_defect_lies_inside_its_mask(kind):
     assert inside.sum() == changed.sum() > 20
     again, _ = add_defect(*draw_part(5), kind, 5)
     np.testing.assert_array_equal(again, defective)
+
+
+@pytest.mark.parametrize("command", ["build", "train", "evaluate", "bench"])
+def test_a_command_without_its_extra_says_what_to_install(command, monkeypatch, capsys):
+    for module in [name for name in sys.modules if name.startswith(("stpm.build", "stpm.calibration", "stpm.tools"))]:
+        monkeypatch.delitem(sys.modules, module)
+    for missing in ("torch", "tqdm"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    from stpm.tools import commands
+
+    assert getattr(commands, command)() == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert "pip install 'stpm-edge[" in errors[0]
+
+
+def test_installed_commands_lead_to_functions():
+    from importlib.metadata import entry_points
+
+    ours = [entry for entry in entry_points(group="console_scripts") if entry.value.startswith("stpm.")]
+    assert {entry.name for entry in ours} >= {"stpm-build", "stpm-train", "stpm-run", "stpm-eval", "stpm-bench"}
+    assert all(callable(entry.load()) for entry in ours)
