@@ -6,6 +6,7 @@ float16 when they fit the budget. Every epoch leaves a checkpoint from which the
 
 import io
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def train(
         unit="epoch",
         disable=None,
     )
+    started, first = time.monotonic(), len(history)
     for number in progress:
         loss = _train_epoch(method, student, optimiser, train_set, recipe, number)
         validation = _validate(method, student, validation_set, recipe, preprocess.height)
@@ -123,6 +125,11 @@ def train(
         if validation < best["validation"]:
             state = {name: value.clone() for name, value in student.state_dict().items()}
             best = {"validation": validation, "epoch": number + 1, "student": state}
+        if progress.disable and (number + 1) % max(1, recipe.epochs // 10) == 0:  # a log file gets ten lines, no bar
+            left = _time_left(started, number + 1 - first, recipe.epochs - number - 1)
+            print(
+                f"epoch {number + 1}/{recipe.epochs}: loss {loss:.4f}, held-out {validation:.3e}, {left}", flush=True
+            )
         progress.set_postfix_str(f"loss {loss:.4f}, held-out {validation:.3e}, best epoch {best['epoch']}")
         _save(
             checkpoint,
@@ -135,6 +142,11 @@ def train(
         )
     student.load_state_dict(best["student"])
     return Trained(student.eval().requires_grad_(False), history, best["epoch"])
+
+
+def _time_left(started: float, done: int, left: int) -> str:
+    minutes = (time.monotonic() - started) / done * left / 60
+    return f"about {minutes:.0f} min left" if left else "done"
 
 
 def _train_epoch(
