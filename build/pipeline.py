@@ -154,6 +154,7 @@ def build_bundle(
     check_out(out)
     training, held_out = split(len(material.normals.paths), job.recipe)
     graph, calibration = _graph_step(job, material, precision, observer, training[:calibration_images])
+    print(f"engine: compiling for OpenVINO, evaluating, packing {out}", flush=True)
     with new_folder(out) as folder:
         graph_name = f"{precision}.onnx"
         engine_files = compile_openvino(graph, folder)
@@ -205,6 +206,7 @@ def _graph_step(
     pixels = material.normals.pixels[calibration]
 
     def produce(folder: Path) -> None:
+        print(f"graph: exporting both networks, {precision}", flush=True)
         method, spec = METHODS[job.method], job.preprocess
         model = method.graph(material.teacher, material.student, spec.height, spec.width)
         graph = export_graph(model, spec)
