@@ -56,25 +56,11 @@ def bundles(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     out = tmp_path_factory.mktemp("bundles")
     made = {}
     for precision in ("fp32", "fp16", "int8"):
-        command = [
-            "--engine",
-            precision,
-            "--category",
-            "bushing",
-            "--data",
-            parts,
-            "--teacher",
-            "builtin",
-            "--epochs",
-            2,
-            "--batch",
-            8,
-            "--work",
-            out / "work",
-            "--out",
-            out / precision,
-        ]
-        assert build_main([str(word) for word in command]) == 0
+        words = (
+            f"--engine {precision} --category bushing --data {parts} --teacher builtin --epochs 2 --batch 8 "
+            f"--work {out / 'work'} --out {out / precision}"
+        )
+        assert build_main(words.split()) == 0
         made[precision] = open_bundle(out / precision)
     return made
 

@@ -13,24 +13,8 @@ from stpm.tools.evaluate import main as eval_main
 
 
 def build(out, data, *more):
-    words = [
-        "--engine",
-        "int8",
-        "--category",
-        "bushing",
-        "--teacher",
-        "builtin",
-        "--epochs",
-        1,
-        "--data",
-        data,
-        "--work",
-        out.parent / "work",
-        "--out",
-        out,
-        *more,
-    ]
-    return build_main([str(word) for word in words])
+    words = f"--engine int8 --category bushing --teacher builtin --epochs 1 --data {data} --work {out.parent / 'work'}"
+    return build_main([*words.split(), "--out", str(out), *map(str, more)])
 
 
 def one_sentence(capfd, *expected):
@@ -91,25 +75,11 @@ def test_out_that_is_not_a_bundle_is_not_replaced(bundles, parts, tmp_path, capf
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
     work = bundles["int8"].path.parent / "work"
-    words = [
-        "--engine",
-        "int8",
-        "--category",
-        "bushing",
-        "--teacher",
-        "builtin",
-        "--epochs",
-        2,
-        "--batch",
-        8,
-        "--data",
-        parts,
-        "--work",
-        work,
-        "--out",
-        tmp_path / "thesis",
-    ]
-    assert build_main([str(word) for word in words]) == 3
+    words = (
+        f"--engine int8 --category bushing --teacher builtin --epochs 2 --batch 8 --data {parts} --work "
+        f"{work} --out {tmp_path / 'thesis'}"
+    ).split()
+    assert build_main(words) == 3
     one_sentence(capfd, "not a bundle")
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
 
@@ -128,49 +98,25 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_leaves_nothing_and_keeps_the_old_bundle(bundles, parts, small_disk, capfd):
     work = bundles["fp32"].path.parent / "work"
-    words = [
-        "--engine",
-        "fp32",
-        "--category",
-        "bushing",
-        "--teacher",
-        "builtin",
-        "--epochs",
-        2,
-        "--batch",
-        8,
-        "--data",
-        parts,
-        "--work",
-        work,
-        "--out",
-        small_disk / "bundle",
-    ]
+    words = (
+        f"--engine fp32 --category bushing --teacher builtin --epochs 2 --batch 8 --data {parts} --work "
+        f"{work} --out {small_disk / 'bundle'}"
+    ).split()
     old = small_disk / "bundle"
     old.mkdir()
     (old / "manifest.json").write_text("the old one")
-    assert build_main([str(word) for word in words]) == 8
+    assert build_main(words) == 8
     one_sentence(capfd, "no space left", "free some space")
     assert [path.name for path in small_disk.iterdir()] == ["bundle"]
     assert (old / "manifest.json").read_text() == "the old one"
 
 
 def test_a_disk_that_fills_up_during_training(parts, small_disk, capfd):
-    words = [
-        "--category",
-        "bushing",
-        "--data",
-        parts,
-        "--teacher",
-        "builtin",
-        "--epochs",
-        1,
-        "--work",
-        small_disk,
-        "--out",
-        small_disk / "student.npz",
-    ]
-    assert train_main([str(word) for word in words]) == 8
+    words = (
+        f"--category bushing --data {parts} --teacher builtin --epochs 1 --work {small_disk} --out "
+        f"{small_disk / 'student.npz'}"
+    ).split()
+    assert train_main(words) == 8
     one_sentence(capfd, "no space left")
     assert not (small_disk / "student.npz").exists()
 
@@ -178,25 +124,11 @@ def test_a_disk_that_fills_up_during_training(parts, small_disk, capfd):
 def test_a_bundle_is_replaced_whole(bundles, tmp_path, parts):
     work = bundles["int8"].path.parent / "work"
     target = shutil.copytree(bundles["fp32"].path, tmp_path / "bundle")
-    words = [
-        "--engine",
-        "int8",
-        "--category",
-        "bushing",
-        "--teacher",
-        "builtin",
-        "--epochs",
-        2,
-        "--batch",
-        8,
-        "--data",
-        parts,
-        "--work",
-        work,
-        "--out",
-        target,
-    ]
-    assert build_main([str(word) for word in words]) == 0
+    words = (
+        f"--engine int8 --category bushing --teacher builtin --epochs 2 --batch 8 --data {parts} --work "
+        f"{work} --out {target}"
+    ).split()
+    assert build_main(words) == 0
     assert open_bundle(target).manifest.precision == "int8"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
@@ -204,23 +136,10 @@ def test_a_bundle_is_replaced_whole(bundles, tmp_path, parts):
 def test_train_then_build_with_the_student(bundles, parts, tmp_path, capfd):
     work = bundles["int8"].path.parent / "work"
     student = tmp_path / "student.npz"
-    words = [
-        "--category",
-        "bushing",
-        "--teacher",
-        "builtin",
-        "--epochs",
-        2,
-        "--batch",
-        8,
-        "--data",
-        parts,
-        "--work",
-        work,
-        "--out",
-        student,
-    ]
-    assert train_main([str(word) for word in words]) == 0
+    words = (
+        f"--category bushing --teacher builtin --epochs 2 --batch 8 --data {parts} --work {work} --out {student}"
+    ).split()
+    assert train_main(words) == 0
     assert "re-used" in capfd.readouterr().out
     assert build(tmp_path / "bundle", parts, "--student", student) == 0
     manifest = open_bundle(tmp_path / "bundle").manifest

@@ -19,6 +19,24 @@ def run(*arguments, **options):
     return subprocess.run([*RUN, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options)
 
 
+def start(bundle, parts, port, more):
+    """stpm-run in the background, on drawn parts, with scripted verdicts."""
+    command = [
+        *RUN,
+        "--bundle",
+        bundle.path,
+        "--backend",
+        "fake",
+        "--camera",
+        parts / "bushing" / "test",
+        "--plc",
+        port,
+    ]
+    return subprocess.Popen(
+        [*map(str, command), *more.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 def wait_for(condition, seconds=30):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -89,25 +107,7 @@ def test_the_office_is_not_needed(bundle, parts):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_cleanly_and_the_last_word_is_stopped(bundle, parts, number):
     with PtyPlc() as plc:
-        process = subprocess.Popen(
-            [
-                *RUN,
-                "--bundle",
-                str(bundle.path),
-                "--backend",
-                "fake",
-                "--camera",
-                str(parts / "bushing" / "test"),
-                "--plc",
-                plc.port,
-                "--loop",
-                "--fps",
-                "50",
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start(bundle, parts, plc.port, "--loop --fps 50")
         wait_for(lambda: len(plc.gate.passed) > 5)
         process.send_signal(number)
         output, errors = process.communicate(timeout=10)
@@ -166,26 +166,7 @@ def test_a_plc_that_does_not_read_ends_the_run_with_code_7(bundle, parts):
 def test_a_plc_that_disappears_ends_the_run_with_code_7(bundle, parts):
     ours, theirs = os.openpty()
     name = os.ttyname(theirs)
-    process = subprocess.Popen(
-        [
-            *RUN,
-            "--bundle",
-            str(bundle.path),
-            "--backend",
-            "fake",
-            "--camera",
-            str(parts / "bushing" / "test"),
-            "--plc",
-            name,
-            "--loop",
-            "--fps",
-            "50",
-            "--quiet",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(bundle, parts, name, "--loop --fps 50 --quiet")
     received = b""
     while b"PART" not in received:
         received += os.read(ours, 4096)
@@ -235,58 +216,23 @@ def test_a_full_disk_does_not_stop_the_line(bundle, parts, tmp_path):
 
 def test_a_terminal_that_goes_away_does_not_stop_the_line(bundle, parts):
     with PtyPlc() as plc:
-        process = subprocess.Popen(
-            [
-                *RUN,
-                "--bundle",
-                str(bundle.path),
-                "--backend",
-                "fake",
-                "--camera",
-                str(parts / "bushing" / "test"),
-                "--plc",
-                plc.port,
-                "--loop",
-                "--fps",
-                "50",
-                "--parts",
-                "30",
-            ],
-            stdout=subprocess.PIPE,
-        )
+        process = start(bundle, parts, plc.port, "--loop --fps 50 --parts 30")
         process.stdout.readline()
         process.stdout.close()
         assert process.wait(timeout=30) == 0
+        process.stderr.close()
     assert len(plc.gate.passed) == 20
     assert plc.gate.states[-1] == "STOPPED"
 
 
 def test_a_long_heartbeat_does_not_delay_the_stop(bundle, parts):
     with PtyPlc() as plc:
-        process = subprocess.Popen(
-            [
-                *RUN,
-                "--bundle",
-                str(bundle.path),
-                "--backend",
-                "fake",
-                "--camera",
-                str(parts / "bushing" / "test"),
-                "--plc",
-                plc.port,
-                "--fps",
-                "0.01",
-                "--heartbeat",
-                "600",
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        process = start(bundle, parts, plc.port, "--fps 0.01 --heartbeat 600")
         wait_for(lambda: plc.gate.passed)
-        start = time.monotonic()
+        asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - asked < 5
     assert plc.gate.states[-1] == "STOPPED"
 
 
