@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import torch
+
 from stpm.build.compile import BACKENDS, check_backend
 from stpm.build.methods import METHODS
 from stpm.build.pipeline import Job, build_bundle, check_out, prepare
 from stpm.build.steps import Steps, default_work
 from stpm.build.train import Recipe
 from stpm.build.weights import write_weights
+from stpm.calibration.evaluation import shown
 from stpm.calibration.ranges import OBSERVERS
 from stpm.edge.cli import count, positive
 from stpm.edge.command import parser, run_command
@@ -180,7 +182,7 @@ def _report(manifest: Manifest, out: Path) -> str:
     ]
     if accuracy is not None:
         rows += [
-            (name, "not defined" if value is None else f"{value:.4f}")
+            (name, shown(value))
             for name, value in (
                 ("image AUROC", accuracy.image_auroc),
                 ("pixel AUROC", accuracy.pixel_auroc),

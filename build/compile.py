@@ -4,8 +4,8 @@ import errno
 import shutil
 from pathlib import Path
 
-import onnx
 import openvino
+
 from stpm.edge.errors import EngineError
 from stpm.edge.manifest import EngineFiles
 
@@ -21,19 +21,15 @@ def check_backend(asked: str) -> None:
         )
 
 
-def compile_openvino(graph: onnx.ModelProto, folder: Path) -> EngineFiles:
-    """OpenVINO's intermediate representation, openvino.xml and openvino.bin, the precision as in the graph.
+def compile_openvino(graph: Path, folder: Path) -> EngineFiles:
+    """OpenVINO's intermediate representation, openvino.xml and openvino.bin, of an ONNX file, the precision as in it.
 
     A full disk is an OSError, as from any other write.
     """
-    source = folder / "source.onnx"
-    onnx.save(graph, source)
     try:
-        openvino.save_model(openvino.convert_model(source), folder / "openvino.xml", compress_to_fp16=False)
+        openvino.save_model(openvino.convert_model(graph), folder / "openvino.xml", compress_to_fp16=False)
     except RuntimeError as error:
-        if shutil.disk_usage(folder).free < graph.ByteSize():
+        if shutil.disk_usage(folder).free < graph.stat().st_size:
             raise OSError(errno.ENOSPC, "No space left on device") from error
         raise EngineError(f"OpenVINO cannot convert the graph ({error})") from error
-    finally:
-        source.unlink()
     return EngineFiles("openvino.xml", "CPU")

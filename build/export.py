@@ -7,9 +7,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from torch import nn
+
 from stpm.edge.errors import StpmError
 from stpm.edge.preprocess import Preprocess
-from torch import nn
 
 # TensorRT 8.5 parses up to 17; nothing here needs more than 13, the first with per-channel Q/DQ
 OPSET = 13

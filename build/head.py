@@ -1,9 +1,10 @@
 """The anomaly score of edge/score.py as torch operations, for training's validation and for the exported graph."""
 
 import torch
-from stpm.edge.score import EPS
 from torch import nn
 from torch.nn import functional as F
+
+from stpm.edge.score import EPS
 
 
 def level_map(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:

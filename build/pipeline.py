@@ -11,6 +11,8 @@ import cv2
 import msgspec
 import numpy as np
 import onnx
+from tqdm import tqdm
+
 from stpm.build.compile import compile_openvino
 from stpm.build.export import check_parity, export_graph
 from stpm.build.methods import METHODS
@@ -42,7 +44,6 @@ from stpm.edge.manifest import (
 )
 from stpm.edge.preprocess import Image, Preprocess
 from stpm.edge.storage import new_folder
-from tqdm import tqdm
 
 # How far another machine's engine may be from ours: rounding differs with the CPU's instruction set.
 TOLERANCE: dict[str, float] = {"fp32": 0.01, "fp16": 0.01, "int8": 0.10}
@@ -157,8 +158,8 @@ def build_bundle(
     print(f"engine: compiling for OpenVINO, evaluating, packing {out}", flush=True)
     with new_folder(out) as folder:
         graph_name = f"{precision}.onnx"
-        engine_files = compile_openvino(graph, folder)
         onnx.save(graph, folder / graph_name)
+        engine_files = compile_openvino(folder / graph_name, folder)
         preprocess = job.preprocess
         with OpenVinoEngine.of_file(folder / engine_files.main, preprocess.height, preprocess.width) as engine:
             _, scores = infer_all(engine, material.normals.pixels[held_out], preprocess, "held-out normals")

@@ -3,9 +3,10 @@
 import hashlib
 
 import torch
-from stpm.build.torchvision_cpu import models
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from stpm.build.torchvision_cpu import models
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 

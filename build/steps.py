@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+
 from stpm.edge.errors import StorageError
 from stpm.edge.storage import storage_errors
 

@@ -13,13 +13,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from torch import nn
+from tqdm import tqdm
+
 from stpm.build.methods.base import Features, Method
 from stpm.build.pyramid import Pyramid, channels_last
 from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Image, Preprocess
 from stpm.edge.storage import write_file
-from torch import nn
-from tqdm import tqdm
 
 CACHE_BYTES = 4 << 30
 

@@ -11,6 +11,7 @@ from urllib.error import URLError
 import numpy as np
 import safetensors.torch
 import torch
+
 from stpm.build.pyramid import Pyramid
 from stpm.build.torchvision_cpu import models
 from stpm.edge.errors import InputError

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from tqdm import tqdm
+
 from stpm.edge.errors import InputError, RegionError
 from stpm.edge.images import list_images, read_image
 from stpm.edge.preprocess import Image, Preprocess
-from tqdm import tqdm
 
 MINIMUM_NORMALS = 10
 MAXIMUM_UNREADABLE = 0.05

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
+
 from stpm.calibration.dataset import LabelledImage, load_images, load_mask
 from stpm.calibration.metrics import aupro, auroc
 from stpm.edge.engine import Engine
@@ -10,7 +12,6 @@ from stpm.edge.errors import EngineError
 from stpm.edge.manifest import Accuracy
 from stpm.edge.preprocess import Image, Preprocess
 from stpm.edge.score import Array
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,8 @@ def evaluate(engine: Engine, labelled: list[LabelledImage], preprocess: Preproce
         if mask is not None:
             masks[index], masked[index] = mask, True
     return Evaluation(items, images.pixels, maps, scores, masks, masked)
+
+
+def shown(figure: float | None) -> str:
+    """A figure as people read it."""
+    return "not defined" if figure is None else f"{figure:.4f}"

@@ -6,6 +6,7 @@ The head stays float32 because squared features overflow 65504 and its epsilon u
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
 from stpm.calibration.qdq import in_head, replace_nodes
 from stpm.edge.errors import InputError
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
 from stpm.edge.errors import InputError
 
 HEAD = "/head/"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 import onnxruntime
+
 from stpm.edge.errors import InputError
 from stpm.edge.preprocess import Tensor
 

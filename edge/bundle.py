@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from stpm.edge import manifest as manifests
 from stpm.edge.errors import BundleError
 from stpm.edge.manifest import Manifest

@@ -5,6 +5,7 @@ from typing import cast
 
 import cv2
 import numpy as np
+
 from stpm.edge.errors import InputError
 from stpm.edge.preprocess import Image
 

@@ -4,6 +4,7 @@ import hashlib
 from typing import Annotated, Literal
 
 import msgspec
+
 from stpm.edge.errors import BundleError
 from stpm.edge.preprocess import Preprocess
 

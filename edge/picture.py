@@ -2,6 +2,7 @@
 
 import cv2
 import numpy as np
+
 from stpm.edge.preprocess import Image
 from stpm.edge.score import Array
 

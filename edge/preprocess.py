@@ -7,6 +7,7 @@ import cv2
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from stpm.edge.errors import InputError, RegionError
 
 Image = npt.NDArray[np.uint8]

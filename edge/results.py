@@ -10,6 +10,7 @@ from types import TracebackType
 
 import cv2
 import msgspec
+
 from stpm.edge.camera import Frame
 from stpm.edge.engine import Inference
 from stpm.edge.errors import StorageError

@@ -1,6 +1,7 @@
 """Power-on self test: the golden frames through preprocessing and engine must give the recorded answers."""
 
 import numpy as np
+
 from stpm.edge.bundle import Bundle
 from stpm.edge.engine.base import Engine
 from stpm.edge.errors import SelfTestError

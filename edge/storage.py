@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from stpm.edge.errors import StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -75,6 +77,11 @@ def write_file(target: Path, content: bytes) -> None:
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: object) -> None:
+    """Replace a file by `value` as indented JSON."""
+    write_file(target, msgspec.json.format(msgspec.json.encode(value)) + b"\n")
 
 
 def _flush(path: Path) -> None:

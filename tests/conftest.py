@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
+
 from stpm.build.cli import build_main
 from stpm.edge.bundle import Bundle, open_bundle
 from stpm.tools.parts import write_dataset
-from tqdm import tqdm
 
 # tqdm's monitor thread lives as long as the process
 tqdm.monitor_interval = 0

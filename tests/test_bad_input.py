@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from stpm.build.cli import build_main, train_main
 from stpm.edge.bundle import open_bundle
 from stpm.edge.cli import main as run_main

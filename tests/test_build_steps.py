@@ -3,6 +3,7 @@
 import fcntl
 
 import pytest
+
 from stpm.build.steps import Steps
 from stpm.edge.errors import StorageError
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from stpm.build import train as training
 from stpm.build.methods import METHODS
 from stpm.build.pyramid import Pyramid, weights_hash

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+
 from stpm.build import weights
 from stpm.build.pyramid import Pyramid, weights_hash
 from stpm.build.weights import BUILTIN_TEACHER, load_into, load_teacher, read_weights, write_weights

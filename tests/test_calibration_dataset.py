@@ -5,6 +5,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+
 from stpm.calibration.dataset import LabelledImage, find_dataset, load_images, load_mask, load_normals
 from stpm.edge.errors import InputError
 from stpm.edge.preprocess import Preprocess

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
 from stpm.calibration.fp16 import to_fp16
 from stpm.calibration.qdq import activations, describe, in_head, placement, quantise
 from stpm.calibration.ranges import BINS, Histogram, collect, minmax, mse, percentile

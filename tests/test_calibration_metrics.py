@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+
 from stpm.calibration.metrics import aupro, auroc
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from stpm.calibration.thresholds import conformal, normals_needed
 
 

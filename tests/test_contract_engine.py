@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import pytest
+
 from stpm.edge.engine import Inference, open_engine
 from stpm.edge.engine.fake import FakeEngine
 from stpm.edge.errors import EngineError, SelfTestError
@@ -89,6 +90,7 @@ def test_profile_divides_each_inference(opened):
 def test_a_nan_between_network_and_head_does_not_become_a_pass(tmp_path):
     """OpenVINO's relu and its maximum lose a NaN; the head and the engine are written so that none gets lost."""
     import torch
+
     from stpm.build.export import export_graph
     from stpm.build.head import ProductHead
     from stpm.edge.engine.openvino import OpenVinoEngine
@@ -119,6 +121,7 @@ def test_the_scratched_golden_frame_is_the_largest(bundles):
 def test_engine_computes_the_score_of_the_definition(bundles):
     """The head in the fp32 graph against edge/score.py, on the features that torch computes."""
     import torch
+
     from stpm.build.pyramid import Pyramid
     from stpm.build.weights import load_into, load_teacher, read_weights
     from stpm.edge.score import anomaly_map, level_map

@@ -6,6 +6,7 @@ import shutil
 
 import msgspec
 import pytest
+
 from stpm.edge import manifest as manifests
 from stpm.edge.bundle import MANIFEST, find_bundle, open_bundle
 from stpm.edge.errors import BundleError

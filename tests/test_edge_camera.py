@@ -7,6 +7,7 @@ import time
 import cv2
 import numpy as np
 import pytest
+
 from stpm.edge.camera import open_camera
 from stpm.edge.camera.live import LiveCamera
 from stpm.edge.errors import CameraError

@@ -5,6 +5,7 @@ import select
 
 import pytest
 import serial
+
 from stpm.edge.errors import PlcError
 from stpm.edge.plc import NoLink, SerialLink, open_plc
 from stpm.edge.plc.protocol import Beat, Part, State, encode

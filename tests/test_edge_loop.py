@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+
 from stpm.edge.camera import Frame
 from stpm.edge.engine.fake import FakeEngine
 from stpm.edge.errors import CameraError, EngineError, PlcError, SelfTestError

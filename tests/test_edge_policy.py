@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from stpm.edge.policy import judge
 
 

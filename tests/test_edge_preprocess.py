@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from stpm.edge.errors import InputError
 from stpm.edge.preprocess import Preprocess
 

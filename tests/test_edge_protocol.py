@@ -1,6 +1,7 @@
 """The ASCII protocol, pinned by literal bytes."""
 
 import pytest
+
 from stpm.edge.plc.protocol import Beat, Part, ProtocolError, State, decode, encode
 
 GOLDEN = [

@@ -9,32 +9,27 @@ import sys
 import time
 
 import pytest
+
 from stpm.edge.plc.protocol import State
 from stpm.tools.plc_sim import PtyPlc
 
 RUN = [sys.executable, "-m", "stpm.edge.cli"]
 
 
-def run(*arguments, **options):
-    return subprocess.run([*RUN, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options)
+def command(bundle, parts, port, more=""):
+    """stpm-run on the drawn test parts; `more` are further words."""
+    fixed = [*RUN, "--bundle", bundle.path, "--camera", parts / "bushing" / "test", "--plc", port]
+    return [*map(str, fixed), *more.split()]
 
 
-def start(bundle, parts, port, more):
-    """stpm-run in the background, on drawn parts, with scripted verdicts."""
-    command = [
-        *RUN,
-        "--bundle",
-        bundle.path,
-        "--backend",
-        "fake",
-        "--camera",
-        parts / "bushing" / "test",
-        "--plc",
-        port,
-    ]
-    return subprocess.Popen(
-        [*map(str, command), *more.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def run(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
+
+
+def start(*arguments):
+    """In the background, with scripted verdicts."""
+    words = [*command(*arguments), "--backend", "fake"]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition, seconds=30):
@@ -46,16 +41,7 @@ def wait_for(condition, seconds=30):
 
 def test_a_folder_is_judged_and_every_part_reaches_the_plc(bundle, parts, tmp_path):
     with PtyPlc() as plc:
-        result = run(
-            "--bundle",
-            bundle.path,
-            "--camera",
-            parts / "bushing" / "test",
-            "--plc",
-            plc.port,
-            "--results",
-            tmp_path / "results",
-        )
+        result = run(bundle, parts, plc.port, f"--results {tmp_path / 'results'}")
     assert result.returncode == 0, result.stderr
     assert "captured 8 = judged 8 + dropped 0" in result.stdout
     gate = plc.gate
@@ -119,22 +105,7 @@ def test_a_signal_stops_cleanly_and_the_last_word_is_stopped(bundle, parts, numb
 
 def test_heartbeats_come_while_no_part_does(bundle, parts):
     with PtyPlc() as plc:
-        result = run(
-            "--bundle",
-            bundle.path,
-            "--backend",
-            "fake",
-            "--camera",
-            parts / "bushing" / "test",
-            "--plc",
-            plc.port,
-            "--fps",
-            2,
-            "--heartbeat",
-            0.1,
-            "--parts",
-            3,
-        )
+        result = run(bundle, parts, plc.port, "--backend fake --fps 2 --heartbeat 0.1 --parts 3")
     assert result.returncode == 0, result.stderr
     assert plc.gate.beats >= 6
     assert plc.gate.silences == 0
@@ -143,18 +114,7 @@ def test_heartbeats_come_while_no_part_does(bundle, parts):
 def test_a_plc_that_does_not_read_ends_the_run_with_code_7(bundle, parts):
     ours, theirs = os.openpty()
     try:
-        result = run(
-            "--bundle",
-            bundle.path,
-            "--backend",
-            "fake",
-            "--camera",
-            parts / "bushing" / "test",
-            "--plc",
-            os.ttyname(theirs),
-            "--loop",
-            "--quiet",
-        )
+        result = run(bundle, parts, os.ttyname(theirs), "--backend fake --loop --quiet")
     finally:
         os.close(ours)
         os.close(theirs)
@@ -181,13 +141,14 @@ def test_a_plc_that_disappears_ends_the_run_with_code_7(bundle, parts):
 
 def test_the_only_bundle_is_found_and_named(bundle, parts, tmp_path):
     shutil.copytree(bundle.path, tmp_path / "bundles" / "only")
-    result = run("--camera", parts / "bushing" / "test", "--plc", "none", "--parts", 1, cwd=tmp_path)
+    words = [*RUN, "--camera", str(parts / "bushing" / "test"), "--plc", "none", "--parts", "1"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "bundle bundles/only: bushing, stpm int8" in result.stdout
 
 
 def test_the_fake_engine_says_that_it_is_one(bundle, parts):
-    result = run("--bundle", bundle.path, "--backend", "fake", "--camera", parts / "bushing" / "test", "--plc", "none")
+    result = run(bundle, parts, "none", "--backend fake")
     assert "no part is inspected" in result.stderr
     assert "PASS 6  FAIL 2" in result.stdout
 
@@ -197,18 +158,7 @@ def test_a_full_disk_does_not_stop_the_line(bundle, parts, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     (results / "parts.jsonl").symlink_to("/dev/full")
-    result = run(
-        "--bundle",
-        bundle.path,
-        "--backend",
-        "fake",
-        "--camera",
-        parts / "bushing" / "test",
-        "--plc",
-        "none",
-        "--results",
-        results,
-    )
+    result = run(bundle, parts, "none", f"--backend fake --results {results}")
     assert result.returncode == 0, result.stderr
     assert "captured 8 = judged 8" in result.stdout
     assert "8 records or pictures could not be written" in result.stdout
@@ -239,5 +189,5 @@ def test_a_long_heartbeat_does_not_delay_the_stop(bundle, parts):
 def test_scripted_verdicts_are_announced_on_the_wire(bundle, parts):
     seen = []
     with PtyPlc(seen.append) as plc:
-        run("--bundle", bundle.path, "--backend", "fake", "--camera", parts / "bushing" / "test", "--plc", plc.port)
+        run(bundle, parts, plc.port, "--backend fake")
     assert State("READY", "SIMULATED") in seen

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from stpm.build.head import ProductHead
 from stpm.build.head import level_map as torch_level_map
 from stpm.edge.score import anomaly_map, level_map, score, upsample

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from stpm.edge.errors import StorageError
 from stpm.edge.storage import new_folder, write_file
 

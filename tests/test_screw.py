@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from stpm.build.export import check_parity, export_graph
 from stpm.build.methods import METHODS
 from stpm.build.weights import load_teacher

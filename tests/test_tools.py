@@ -6,6 +6,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+
 from stpm.edge.plc.protocol import Beat, Part, State, encode
 from stpm.tools import bench, evaluate
 from stpm.tools.parts import DEFECTS, add_defect, draw_part

@@ -18,6 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import msgspec
+from tqdm import tqdm
+
 from stpm.edge.bundle import Bundle, find_bundle, open_bundle
 from stpm.edge.cli import count
 from stpm.edge.command import parser, run_command
@@ -25,8 +27,7 @@ from stpm.edge.engine import BACKENDS, Engine, open_engine
 from stpm.edge.latency import Latency, Percentiles, table
 from stpm.edge.policy import judge
 from stpm.edge.preprocess import Image
-from stpm.edge.storage import write_file
-from tqdm import tqdm
+from stpm.edge.storage import write_json
 
 SCHEMA = 1
 WARM_UP = 20
@@ -156,7 +157,7 @@ def _run(options: argparse.Namespace) -> None:
         print("inside the inference, by the engine's own counters:")
         print("\n".join(table(bundle.inside).splitlines()[1:]))
     if options.json:
-        write_file(options.json, msgspec.json.format(msgspec.json.encode(benchmark)) + b"\n")
+        write_json(options.json, benchmark)
         print(f"\nwritten: {options.json}")
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import cv2
 import msgspec
 import numpy as np
+
 from stpm.calibration.dataset import find_labelled
-from stpm.calibration.evaluation import Evaluation, evaluate
+from stpm.calibration.evaluation import Evaluation, evaluate, shown
 from stpm.calibration.metrics import auroc
 from stpm.edge.bundle import Bundle, find_bundle, open_bundle
 from stpm.edge.command import parser, run_command
@@ -18,7 +19,7 @@ from stpm.edge.errors import InputError
 from stpm.edge.manifest import Accuracy
 from stpm.edge.picture import defect_picture, sheet
 from stpm.edge.preprocess import Image
-from stpm.edge.storage import storage_errors, write_file
+from stpm.edge.storage import storage_errors, write_file, write_json
 
 EXAMPLES = """\
   stpm-eval --bundle bundles/screw-int8 --data mvtec
@@ -114,9 +115,6 @@ def make_report(bundle: Bundle, evaluation: Evaluation, engine: dict[str, str]) 
 def table(report: Report) -> str:
     """At most 100 columns."""
 
-    def shown(value: float | None) -> str:
-        return "not defined" if value is None else f"{value:.4f}"
-
     lines = [
         f"{report.category}, {report.precision}, {report.engine['backend']} on {report.engine['device']}",
         f"{'kind':<24}{'images':>8}{'rejected':>10}{'AUROC':>13}{'median score':>15}",
@@ -141,7 +139,7 @@ def _write(out: Path, report: Report, evaluation: Evaluation) -> None:
         if (out / "report.json").is_file():  # an earlier report of ours
             shutil.rmtree(wrong, ignore_errors=True)
         wrong.mkdir(parents=True, exist_ok=True)
-    write_file(out / "report.json", msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    write_json(out / "report.json", report)
     _write_picture(out / "overview.png", overview(report, evaluation))
     for index, item in enumerate(evaluation.items):
         if item.defective != (evaluation.scores[index] > report.threshold):

@@ -18,12 +18,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from stpm.build.pyramid import Pyramid, channels_last, weights_hash
-from stpm.build.weights import write_weights
-from stpm.edge.preprocess import Image, Preprocess
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from stpm.build.pyramid import Pyramid, channels_last, weights_hash
+from stpm.build.weights import write_weights
+from stpm.edge.preprocess import Image, Preprocess
 
 CLASSES = 240
 SIZE = 96

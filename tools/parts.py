@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+
 from stpm.edge.preprocess import Image
 from stpm.edge.storage import storage_errors
 

@@ -3,8 +3,9 @@
 from typing import Protocol
 
 import torch
-from stpm.build.pyramid import Pyramid
 from torch import nn
+
+from stpm.build.pyramid import Pyramid
 
 Features = list[torch.Tensor]
 

@@ -3,11 +3,12 @@
 import copy
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from stpm.build.head import ProductHead
 from stpm.build.methods.base import Features
 from stpm.build.pyramid import Pyramid, fold_batch_norm
-from torch import nn
-from torch.nn import functional as F
 
 
 class Stpm:

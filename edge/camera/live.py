@@ -8,6 +8,7 @@ import time
 from typing import cast
 
 import cv2
+
 from stpm.edge.camera.base import Frame
 from stpm.edge.errors import CameraError
 from stpm.edge.preprocess import Image

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import cv2
+
 from stpm.edge.camera.base import Frame
 from stpm.edge.errors import CameraError, InputError
 from stpm.edge.images import list_images, read_image

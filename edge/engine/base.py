@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Protocol
 
 import numpy as np
+
 from stpm.edge.errors import EngineError
 from stpm.edge.preprocess import Tensor
 from stpm.edge.score import Array

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import cycle
 
 import numpy as np
+
 from stpm.edge.bundle import Bundle
 from stpm.edge.engine.base import ClosesOnExit, Inference, check_input
 from stpm.edge.errors import EngineError

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+
 from stpm.edge.bundle import Bundle
 from stpm.edge.engine.base import ClosesOnExit, Inference, check_input
 from stpm.edge.errors import EngineError

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import serial
+
 from stpm.edge.errors import PlcError
 from stpm.edge.plc.protocol import SEQUENCE_MODULUS, Message, encode
 
