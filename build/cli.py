@@ -6,18 +6,21 @@ from pathlib import Path
 
 import torch
 
+from stpm.build.assemble import Wish, build_bundle, check_out
 from stpm.build.compile import BACKENDS, check_backend
+from stpm.build.distil import FineTuning
 from stpm.build.methods import METHODS
-from stpm.build.pipeline import Job, build_bundle, check_out, prepare
+from stpm.build.pipeline import Job, prepare
 from stpm.build.steps import Steps, default_work
 from stpm.build.train import Recipe
 from stpm.build.weights import write_weights
 from stpm.calibration.evaluation import shown
 from stpm.calibration.ranges import OBSERVERS
-from stpm.edge.cli import count, positive
+from stpm.calibration.thresholds import described, threshold_rule
+from stpm.edge.cli import count, positive, share
 from stpm.edge.command import parser, run_command
 from stpm.edge.errors import InputError
-from stpm.edge.manifest import Manifest
+from stpm.edge.manifest import Limits, Manifest, Setting
 from stpm.edge.preprocess import Preprocess
 from stpm.edge.storage import storage_errors
 
@@ -40,10 +43,24 @@ def build_main(arguments: list[str] | None = None) -> int:
     add("--student", type=Path, metavar="PATH", help="use this trained student (.npz, .pth, .safetensors)")
     add("--backend", choices=BACKENDS, default="auto", help="what to compile for (default: auto)")
     add(
+        "--quantize",
+        choices=("ptq", "qad"),
+        default="qad",
+        help="int8 by post-training quantisation alone, or with the student fine-tuned against the quantised teacher "
+        "(default: qad)",
+    )
+    add(
         "--observer",
         choices=tuple(OBSERVERS),
         default="mse",
         help="how int8 finds activation ranges (default: mse)",
+    )
+    add(
+        "--qad-epochs",
+        type=count,
+        default=FineTuning().epochs,
+        metavar="N",
+        help=f"epochs of that fine-tuning (default: {FineTuning().epochs})",
     )
     add(
         "--calibration-images",
@@ -53,8 +70,24 @@ def build_main(arguments: list[str] | None = None) -> int:
         help="training images that int8 is calibrated on (default: 128)",
     )
     add(
+        "--max-drop",
+        type=_limits,
+        default=Limits(),
+        metavar="IMAGE,PIXEL,PRO",
+        help="how much image AUROC, pixel AUROC and AUPRO an int8 engine may lose against FP32 before other settings "
+        "are tried and in the end none is written (default: 0.005,0.003,0.01)",
+    )
+    add(
+        "--threshold",
+        type=threshold_rule,
+        default="tail",
+        metavar="tail|quantile|SCORE",
+        help="from the held-out normals by a fit of the tail of their scores, by their order alone, or by hand "
+        "(default: tail)",
+    )
+    add(
         "--false-reject-rate",
-        type=_share,
+        type=share,
         default=0.01,
         metavar="R",
         help="share of good parts that the threshold may reject (default: 0.01)",
@@ -67,11 +100,16 @@ def build_main(arguments: list[str] | None = None) -> int:
         out = chosen.out or Path("bundles") / f"{chosen.category}-{chosen.engine}"
         check_out(out)
         job = _job(chosen)
-        material = prepare(job, chosen.student)
-        manifest = build_bundle(
-            job, material, chosen.engine, chosen.observer, chosen.calibration_images, chosen.false_reject_rate, out
+        wish = Wish(
+            chosen.engine,
+            Setting(chosen.quantize, chosen.observer),
+            chosen.qad_epochs,
+            chosen.calibration_images,
+            chosen.max_drop,
+            chosen.threshold,
+            chosen.false_reject_rate,
         )
-        print(_report(manifest, out))
+        print(_report(build_bundle(job, prepare(job, chosen.student), wish, out), out))
 
     return run_command("stpm-build", command, AGAIN)
 
@@ -160,11 +198,14 @@ def _seed(text: str) -> int:
     return value
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"wanted a share between 0 and 1, found {text}")
-    return value
+def _limits(text: str) -> Limits:
+    try:
+        image, pixel, aupro = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"wanted three numbers IMAGE,PIXEL,PRO, found {text}") from error
+    if not all(0 <= limit <= 1 for limit in (image, pixel, aupro)):
+        raise argparse.ArgumentTypeError(f"wanted three numbers between 0 and 1, found {text}")
+    return Limits(image, pixel, aupro)
 
 
 def _report(manifest: Manifest, out: Path) -> str:
@@ -174,11 +215,7 @@ def _report(manifest: Manifest, out: Path) -> str:
         ("precision", manifest.precision),
         ("trained on", f"{manifest.training.normals} good parts, {manifest.training.held_out} held out"),
         ("best epoch", str(manifest.training.best_epoch or "- (student given)")),
-        (
-            "threshold",
-            f"{threshold.value:.3e} ({threshold.rule}, {threshold.normals} held-out normals, "
-            f"at most {threshold.false_reject_rate:.1%} false rejects)",
-        ),
+        ("threshold", described(threshold)),
     ]
     if accuracy is not None:
         rows += [
@@ -189,6 +226,7 @@ def _report(manifest: Manifest, out: Path) -> str:
                 ("AUPRO@30%", accuracy.aupro),
             )
         ]
+    rows.append(("report", str(out / "report.html")))
     return "\n".join(f"  {name:<12} {value}" for name, value in rows)
 
 

@@ -10,6 +10,7 @@ from stpm.edge.errors import EngineError
 from stpm.edge.manifest import EngineFiles
 
 BACKENDS = ("auto", "openvino", "tensorrt")
+OPENVINO = EngineFiles("openvino.xml", "CPU")
 
 
 def check_backend(asked: str) -> None:
@@ -21,15 +22,14 @@ def check_backend(asked: str) -> None:
         )
 
 
-def compile_openvino(graph: Path, folder: Path) -> EngineFiles:
-    """OpenVINO's intermediate representation, openvino.xml and openvino.bin, of an ONNX file, the precision as in it.
+def compile_openvino(graph: Path, folder: Path) -> None:
+    """Write openvino.xml and openvino.bin, OpenVINO's form of an ONNX file, with the precision as it is there.
 
     A full disk is an OSError, as from any other write.
     """
     try:
-        openvino.save_model(openvino.convert_model(graph), folder / "openvino.xml", compress_to_fp16=False)
+        openvino.save_model(openvino.convert_model(graph), folder / OPENVINO.main, compress_to_fp16=False)
     except RuntimeError as error:
         if shutil.disk_usage(folder).free < graph.stat().st_size:
             raise OSError(errno.ENOSPC, "No space left on device") from error
         raise EngineError(f"OpenVINO cannot convert the graph ({error})") from error
-    return EngineFiles("openvino.xml", "CPU")

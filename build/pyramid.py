@@ -34,9 +34,9 @@ class Pyramid(nn.Module):
         return features
 
 
-def channels_last(pyramid: "Pyramid") -> "Pyramid":
-    """The same pyramid with its weights laid out for CPU convolutions: twice as fast as the default layout."""
-    return pyramid.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+def channels_last(network: nn.Module) -> nn.Module:
+    """The same network with its weights laid out for CPU convolutions: twice as fast as the default layout."""
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def fold_batch_norm(pyramid: Pyramid) -> None:

@@ -12,6 +12,9 @@ import msgspec
 from stpm.edge.errors import StorageError
 from stpm.edge.storage import storage_errors
 
+# Raised when a step is changed so that its old results must not be used again.
+STEP_VERSION = 1
+
 Inputs = dict[str, str | int | float | list[str] | None]
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from stpm.build.methods.base import Features, Method
-from stpm.build.pyramid import Pyramid, channels_last
+from stpm.build.pyramid import channels_last
 from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Image, Preprocess
 from stpm.edge.storage import write_file
@@ -36,6 +36,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     held_out: float = 0.2  # share of the normals kept for validation and for the threshold
     seed: int = 0
 
+    def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(network.parameters(), self.learning_rate, self.momentum, weight_decay=self.weight_decay)
+
 
 class Epoch(msgspec.Struct, frozen=True):
     loss: float
@@ -43,7 +46,7 @@ class Epoch(msgspec.Struct, frozen=True):
 
 
 class Trained(msgspec.Struct, frozen=True):
-    student: Pyramid
+    student: nn.Module
     history: list[Epoch]
     best_epoch: int  # counted from 1
 
@@ -58,7 +61,7 @@ def split(count: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
 class Images:
     """Preprocessed batches and the method's targets for a set of uint8 images, the targets cached if they fit."""
 
-    def __init__(self, pixels: Image, preprocess: Preprocess, method: Method, teacher: Pyramid, title: str) -> None:
+    def __init__(self, pixels: Image, preprocess: Preprocess, method: Method, teacher: nn.Module, title: str) -> None:
         self.pixels, self.preprocess, self.method, self.teacher = pixels, preprocess, method, teacher
         self.cache: Features | None = None
         one = self._compute(np.arange(1))
@@ -86,20 +89,26 @@ class Images:
 
 
 def train(
-    method: Method, teacher: Pyramid, pixels: Image, preprocess: Preprocess, recipe: Recipe, folder: Path
+    method: Method,
+    teacher: nn.Module,
+    student: nn.Module,
+    pixels: Image,
+    preprocess: Preprocess,
+    recipe: Recipe,
+    folder: Path,
 ) -> Trained:
-    """Train on uint8 N×H×W×3 normals. `folder` keeps the checkpoint; a stopped run in it is continued.
+    """Train `student`, in place, on uint8 N×H×W×3 normals until its features are those of `teacher`; both give one
+    N×C×h×w per tap. `folder` keeps the checkpoint; a stopped run in it is continued.
 
-    Returns the student of the epoch with the lowest validation score. A loss that is not finite: TrainingError.
+    The student ends with the weights of the epoch with the lowest validation score. A loss that is not finite:
+    TrainingError.
     """
     teacher = channels_last(teacher)
     training, held_out = split(len(pixels), recipe)
     train_set = Images(pixels[training], preprocess, method, teacher, "teacher, training images")
     validation_set = Images(pixels[held_out], preprocess, method, teacher, "teacher, held-out images")
-    student = channels_last(method.new_student(recipe.seed))
-    optimiser = torch.optim.SGD(
-        student.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    student = channels_last(student)
+    optimiser = recipe.optimiser(student)
     checkpoint = folder / "checkpoint.pth"
     best: dict[str, Any] = {"validation": math.inf, "epoch": 0, "student": {}}
     history: list[Epoch] = []
@@ -151,7 +160,7 @@ def _time_left(started: float, done: int, left: int) -> str:
 
 
 def _train_epoch(
-    method: Method, student: Pyramid, optimiser: torch.optim.Optimizer, images: Images, recipe: Recipe, number: int
+    method: Method, student: nn.Module, optimiser: torch.optim.Optimizer, images: Images, recipe: Recipe, number: int
 ) -> float:
     student.train()
     # the order depends on seed and epoch alone, so a continued run takes the same steps

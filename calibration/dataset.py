@@ -1,12 +1,16 @@
 """A folder of photos: the MVTec AD layout, or just images of good parts."""
 
-from dataclasses import dataclass
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
+import msgspec
 import numpy as np
 from tqdm import tqdm
 
+from stpm.edge.bundle import file_hash
 from stpm.edge.errors import InputError, RegionError
 from stpm.edge.images import list_images, read_image
 from stpm.edge.preprocess import Image, Preprocess
@@ -36,12 +40,33 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """Decoded labelled images, in the order of `items`: pixels uint8 N×height×width×3 BGR, masks bool N×height×width.
+
+    `masked` says of which images the mask is known; the others have an empty one.
+    """
+
+    items: list[LabelledImage]
+    pixels: Image
+    masks: np.ndarray
+    masked: np.ndarray
+
+    @property
+    def defective(self) -> np.ndarray:
+        return np.array([item.defective for item in self.items], bool)
+
+
+@dataclass(frozen=True)
 class Images:
     """Decoded images, resized for the network: uint8 N×height×width×3 BGR, in the order of `paths`."""
 
     paths: list[Path]
     pixels: Image
     unreadable: list[Path]
+    photo_size: tuple[int, int]  # width and height of the photos before resizing
+
+    def subset(self, indices: np.ndarray) -> "Images":
+        return replace(self, paths=[self.paths[index] for index in indices], pixels=self.pixels[indices])
 
 
 def find_dataset(root: Path, category: str) -> Dataset:
@@ -80,14 +105,20 @@ def _mask_of(folder: Path, path: Path) -> Path | None:
 
 
 def load_images(paths: list[Path], preprocess: Preprocess, title: str) -> Images:
-    """Decode and resize. Unreadable files are named in the result; more than 5 % of them is an InputError."""
+    """Decode and resize. Unreadable files are named in the result; more than 5 % of them is an InputError.
+
+    Photos of another size than most are used, with a warning that names the first.
+    """
     kept: list[Path] = []
+    sizes: list[tuple[int, int]] = []
     pixels: list[Image] = []
     unreadable: list[Path] = []
     for path in tqdm(paths, desc=title, unit="image", disable=None, leave=False):
         try:
-            pixels.append(preprocess.resize(read_image(path)))
+            image = read_image(path)
+            pixels.append(preprocess.resize(image))
             kept.append(path)
+            sizes.append((image.shape[1], image.shape[0]))
         except RegionError as error:
             raise RegionError(f"{path}: {error}") from error
         except InputError as error:
@@ -98,8 +129,24 @@ def load_images(paths: list[Path], preprocess: Preprocess, title: str) -> Images
             f"{len(unreadable)} of {len(paths)} images cannot be decoded, more than {MAXIMUM_UNREADABLE:.0%}: "
             f"repair or remove them (the first is {unreadable[0]})"
         )
-    shape = (0, preprocess.height, preprocess.width, 3)
-    return Images(kept, np.stack(pixels) if pixels else np.zeros(shape, np.uint8), unreadable)
+    if not kept:
+        return Images([], np.zeros((0, preprocess.height, preprocess.width, 3), np.uint8), unreadable, (0, 0))
+    usual, _ = Counter(sizes).most_common(1)[0]
+    odd = [path for path, size in zip(kept, sizes, strict=True) if size != usual]
+    if odd:
+        tqdm.write(
+            f"WARNING: {len(odd)} of {len(kept)} photos are not {usual[0]}×{usual[1]} pixels like the others (the "
+            f"first is {odd[0]}): take them all with the same camera and settings"
+        )
+    return Images(kept, np.stack(pixels), unreadable, usual)
+
+
+def images_hash(paths: list[Path], preprocess: Preprocess) -> str:
+    """sha256 over the preprocessing and the content of the files, in this order."""
+    digest = hashlib.sha256(msgspec.json.encode(preprocess))
+    for path in paths:
+        digest.update(file_hash(path).encode())
+    return digest.hexdigest()
 
 
 def load_normals(dataset: Dataset, preprocess: Preprocess) -> Images:
@@ -111,6 +158,21 @@ def load_normals(dataset: Dataset, preprocess: Preprocess) -> Images:
             f"wanted at least {MINIMUM_NORMALS} images of good parts, found {len(images.paths)} in {where}: add more"
         )
     return images
+
+
+def load_labelled(labelled: list[LabelledImage], preprocess: Preprocess) -> Labelled:
+    """Images and masks; an image that cannot be decoded is left out, as in `load_images`."""
+    images = load_images([item.path for item in labelled], preprocess, "reading test images")
+    kept = set(images.paths)
+    items = [item for item in labelled if item.path in kept]
+    masks = [load_mask(item, preprocess) for item in items]
+    empty = np.zeros((preprocess.height, preprocess.width), bool)
+    return Labelled(
+        items,
+        images.pixels,
+        np.stack([empty if mask is None else mask for mask in masks]),
+        np.array([mask is not None for mask in masks], bool),
+    )
 
 
 def load_mask(item: LabelledImage, preprocess: Preprocess) -> np.ndarray | None:

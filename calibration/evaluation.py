@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from stpm.calibration.dataset import LabelledImage, load_images, load_mask
+from stpm.calibration.dataset import Labelled
 from stpm.calibration.metrics import aupro, auroc
 from stpm.edge.engine import Engine
 from stpm.edge.errors import EngineError
@@ -16,22 +16,20 @@ from stpm.edge.score import Array
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything per image, in the order of `items`: pixels uint8 N×H×W×3, maps float32 N×H×W, scores float32 N.
+    """Anomaly maps float32 N×H×W and scores float32 N of labelled images, in their order."""
 
-    `masks` is bool N×H×W; `masked` says for which images it is known.
-    """
-
-    items: list[LabelledImage]
-    pixels: Image
+    images: Labelled
     maps: Array
     scores: Array
-    masks: np.ndarray
-    masked: np.ndarray
 
     def accuracy(self) -> Accuracy:
-        defective = np.array([item.defective for item in self.items], bool)
-        maps, masks = self.maps[self.masked], self.masks[self.masked]
-        return Accuracy(len(self.items), auroc(self.scores, defective), auroc(maps, masks), aupro(maps, masks))
+        defective = self.images.defective
+        maps, masks = self.maps[self.images.masked], self.images.masks[self.images.masked]
+        return Accuracy(len(defective), auroc(self.scores, defective), auroc(maps, masks), aupro(maps, masks))
+
+
+def evaluate(engine: Engine, images: Labelled, preprocess: Preprocess) -> Evaluation:
+    return Evaluation(images, *infer_all(engine, images.pixels, preprocess, "evaluating"))
 
 
 def infer_all(engine: Engine, pixels: Image, preprocess: Preprocess, title: str) -> tuple[Array, Array]:
@@ -50,20 +48,6 @@ def infer_all(engine: Engine, pixels: Image, preprocess: Preprocess, title: str)
             "--engine fp32 to see whether the precision is the cause"
         )
     return maps, scores
-
-
-def evaluate(engine: Engine, labelled: list[LabelledImage], preprocess: Preprocess) -> Evaluation:
-    images = load_images([item.path for item in labelled], preprocess, "reading test images")
-    kept = set(images.paths)
-    items = [item for item in labelled if item.path in kept]
-    maps, scores = infer_all(engine, images.pixels, preprocess, "evaluating")
-    masks = np.zeros(maps.shape, bool)
-    masked = np.zeros(len(items), bool)
-    for index, item in enumerate(items):
-        mask = load_mask(item, preprocess)
-        if mask is not None:
-            masks[index], masked[index] = mask, True
-    return Evaluation(items, images.pixels, maps, scores, masks, masked)
 
 
 def shown(figure: float | None) -> str:

@@ -1,18 +1,22 @@
-"""FP16 written into the graph: half-precision weights and activations in both networks, the head in float32.
+"""FP16 written into the graph: half-precision weights and activations in the networks, or in chosen layers of them.
 
 The head stays float32 because squared features overflow 65504 and its epsilon underflows.
 """
+
+from collections.abc import Collection
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from stpm.calibration.qdq import in_head, replace_nodes
+from stpm.calibration.qdq import drop_unused_weights, in_head, replace_nodes
 from stpm.edge.errors import InputError
 
+_CAST: dict[int, str] = {TensorProto.FLOAT16: "fp16", TensorProto.FLOAT: "fp32"}
 
-def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The float model with its networks in FP16; input and outputs stay float32.
+
+def to_fp16(model: onnx.ModelProto, layers: Collection[str] | None = None) -> onnx.ModelProto:
+    """The model with its networks, or only the nodes named in `layers`, in FP16; input and outputs stay float32.
 
     A weight beyond the range of FP16 is an InputError that names it.
     """
@@ -20,31 +24,44 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     result.CopyFrom(model)
     graph = result.graph
     del graph.value_info[:]
-    # the exporter names some of the head's constants after nothing; the networks have none
-    heads = [node for node in graph.node if in_head(node) or node.op_type == "Constant"]
-    networks = [node for node in graph.node if node not in heads]
-    used = {name for node in networks for name in node.input}
-    for tensor in graph.initializer:
-        if tensor.name in used and tensor.data_type == TensorProto.FLOAT:
-            values = numpy_helper.to_array(tensor)
-            if np.abs(values).max() > np.finfo(np.float16).max:
-                raise InputError(f"the weight {tensor.name} does not fit into FP16: build with --engine fp32")
-            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    in_half: set[str] = set()
+    known = set(weights)
+    nodes: list[onnx.NodeProto] = []
 
-    image = graph.input[0].name
-    made = {output for node in networks for output in node.output}
-    taps = dict.fromkeys(name for node in heads for name in node.input if name in made)
-    to_half = helper.make_node("Cast", [image], [f"{image}/fp16"], f"{image}/Cast", to=TensorProto.FLOAT16)
-    to_float = [helper.make_node("Cast", [tap], [f"{tap}/fp32"], f"{tap}/Cast", to=TensorProto.FLOAT) for tap in taps]
-    for node in networks:
-        _rename_inputs(node, {image: f"{image}/fp16"})
-    for node in heads:
-        _rename_inputs(node, {tap: f"{tap}/fp32" for tap in taps})
-    replace_nodes(graph, [to_half, *networks, *to_float, *heads])
+    def cast(tensor: str, kind: int) -> str:
+        """The name of `tensor` as this kind; the Cast goes before the first node that reads it."""
+        name = f"{tensor}/{_CAST[kind]}"
+        if name not in known:
+            known.add(name)
+            nodes.append(helper.make_node("Cast", [tensor], [name], f"{tensor}/Cast", to=kind))
+        return name
+
+    def half_weight(tensor: str) -> str:
+        name = f"{tensor}/fp16"
+        if name not in known:
+            known.add(name)
+            values = numpy_helper.to_array(weights[tensor])
+            if np.abs(values).max() > np.finfo(np.float16).max:
+                raise InputError(f"the weight {tensor} does not fit into FP16: build with --engine fp32")
+            graph.initializer.append(numpy_helper.from_array(values.astype(np.float16), name))
+        return name
+
+    for node in graph.node:
+        # the exporter names some of the head's constants after nothing; the networks have none
+        network = not (in_head(node) or node.op_type == "Constant")
+        half = network and (layers is None or node.name in layers)
+        for index, name in enumerate(node.input):
+            if half and name in weights:
+                node.input[index] = half_weight(name)
+            elif half and name not in in_half:
+                node.input[index] = cast(name, TensorProto.FLOAT16)
+            elif not half and name in in_half:
+                node.input[index] = cast(name, TensorProto.FLOAT)
+        if half:
+            in_half.update(node.output)
+        nodes.append(node)
+    replace_nodes(graph, nodes)
+    drop_unused_weights(graph)
     onnx.checker.check_model(result, full_check=True)
     return result
-
-
-def _rename_inputs(node: onnx.NodeProto, names: dict[str, str]) -> None:
-    for index, name in enumerate(node.input):
-        node.input[index] = names.get(name, name)

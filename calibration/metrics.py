@@ -12,19 +12,36 @@ FPR_LIMIT = 0.3
 
 def auroc(scores: Floats, positive: Bools) -> float | None:
     """Area under the ROC curve; None (not defined) unless both classes are there."""
-    scores, positive = scores.ravel(), positive.ravel()
-    if positive.all() or not positive.any():
-        return None
-    false_positive, true_positive = _curve(scores, ~positive / (~positive).sum(), positive / positive.sum())
-    return float(np.trapezoid(true_positive, false_positive))
+    curve = roc(scores, positive)
+    return None if curve is None else float(np.trapezoid(curve[1], curve[0]))
 
 
 def aupro(maps: Floats, masks: Bools, limit: float = FPR_LIMIT) -> float | None:
-    """Area under the per-region overlap over the false-positive rate up to `limit`, divided by `limit`.
+    """Area under the per-region overlap over the false-positive rate up to `limit`, divided by `limit`; None where
+    the curve is not defined."""
+    curve = pro(maps, masks)
+    if curve is None:
+        return None
+    false_positive, overlap = curve
+    inside = false_positive <= limit
+    x = np.append(false_positive[inside], limit)
+    y = np.append(overlap[inside], np.interp(limit, false_positive, overlap))
+    return float(np.trapezoid(y, x) / limit)
 
-    maps and masks are N×H×W. The overlap of each connected (8-neighbour) region counts the same, whatever its size;
-    the false-positive rate is over all defect-free pixels of all images. None when there is no region or no
-    defect-free pixel.
+
+def roc(scores: Floats, positive: Bools) -> tuple[Floats, Floats] | None:
+    """False- and true-positive rate at every threshold, from (0, 0) to (1, 1); None unless both classes are there."""
+    scores, positive = scores.ravel(), positive.ravel()
+    if positive.all() or not positive.any():
+        return None
+    return _curve(scores, ~positive / (~positive).sum(), positive / positive.sum())
+
+
+def pro(maps: Floats, masks: Bools) -> tuple[Floats, Floats] | None:
+    """False-positive rate and mean per-region overlap at every threshold; maps and masks are N×H×W.
+
+    The overlap of each connected (8-neighbour) region counts the same, whatever its size; the false-positive rate is
+    over all defect-free pixels of all images. None when there is no region or no defect-free pixel.
     """
     region_weight = np.zeros(masks.shape, np.float64)
     regions = 0
@@ -36,11 +53,7 @@ def aupro(maps: Floats, masks: Bools, limit: float = FPR_LIMIT) -> float | None:
     normal = ~masks
     if regions == 0 or not normal.any():
         return None
-    false_positive, overlap = _curve(maps.ravel(), normal.ravel() / normal.sum(), region_weight.ravel() / regions)
-    inside = false_positive <= limit
-    x = np.append(false_positive[inside], limit)
-    y = np.append(overlap[inside], np.interp(limit, false_positive, overlap))
-    return float(np.trapezoid(y, x) / limit)
+    return _curve(maps.ravel(), normal.ravel() / normal.sum(), region_weight.ravel() / regions)
 
 
 def _curve(scores: Floats, x_weight: Floats, y_weight: Floats) -> tuple[Floats, Floats]:

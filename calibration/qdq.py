@@ -11,7 +11,7 @@ Rules (TensorRT 8.5 to 11 fuse INT8 convolutions only under all of them):
 The head stays float32: it divides by lengths and multiplies small differences.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from stpm.edge.errors import InputError
 HEAD = "/head/"
 ACTIVATION_STEPS = 127
 WEIGHT_STEPS = 63
+SMALLEST_RANGE = 1e-8  # of a tensor that is always zero, whose scale must not be
 _KNOWN = {"Conv", "Relu", "MaxPool", "Add"}
 
 
@@ -40,8 +41,16 @@ def in_head(node: onnx.NodeProto) -> bool:
     return node.name.startswith(HEAD)
 
 
-def placement(model: onnx.ModelProto) -> list[Use]:
-    """Every activation input that gets quantised, in graph order. A node the rules do not cover is an InputError."""
+def convolutions(model: onnx.ModelProto) -> list[str]:
+    """The names of the layers that can be quantised, in graph order."""
+    return [node.name for node in model.graph.node if node.op_type == "Conv" and not in_head(node)]
+
+
+def placement(model: onnx.ModelProto, in_float: Collection[str] = ()) -> list[Use]:
+    """Every activation input that gets quantised, in graph order, without those of the convolutions `in_float`.
+
+    A node the rules do not cover is an InputError.
+    """
     producer = {output: node for node in model.graph.node for output in node.output}
     kernels = {tensor.name: tuple(tensor.dims[2:]) for tensor in model.graph.initializer}
     uses = []
@@ -53,11 +62,13 @@ def placement(model: onnx.ModelProto) -> list[Use]:
                 f"cannot place Q/DQ around node {node.name} of type {node.op_type}: the rules cover "
                 f"{', '.join(sorted(_KNOWN))}; teach calibration/qdq.py this node, or build with --engine fp16"
             )
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and node.name not in in_float:
             uses.append(Use(node.input[0], node.name, 0))
         if node.op_type == "Add":
             shortcut = _shortcut(node, producer, kernels)
-            uses.append(Use(node.input[shortcut], node.name, shortcut))
+            main = producer[node.input[1 - shortcut]]
+            if main.name not in in_float:  # it is fused with that convolution, and shares its precision
+                uses.append(Use(node.input[shortcut], node.name, shortcut))
     return uses
 
 
@@ -82,9 +93,12 @@ def activations(model: onnx.ModelProto) -> list[str]:
     return list(dict.fromkeys(use.tensor for use in placement(model)))
 
 
-def quantise(model: onnx.ModelProto, ranges: Mapping[str, float]) -> onnx.ModelProto:
-    """The float model with Q/DQ pairs; `ranges` gives the largest magnitude of every tensor of `activations`."""
-    uses = placement(model)
+def quantise(model: onnx.ModelProto, ranges: Mapping[str, float], in_float: Collection[str] = ()) -> onnx.ModelProto:
+    """The float model with Q/DQ pairs; `ranges` gives the largest magnitude of every tensor of `activations`.
+
+    The convolutions named in `in_float` are left as they are.
+    """
+    uses = placement(model, in_float)
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
@@ -95,15 +109,15 @@ def quantise(model: onnx.ModelProto, ranges: Mapping[str, float]) -> onnx.ModelP
 
     for use in uses:
         if use.tensor not in pairs:
-            scale = np.float32(max(ranges[use.tensor], 1e-8) / ACTIVATION_STEPS)
+            scale = np.float32(max(ranges[use.tensor], SMALLEST_RANGE) / ACTIVATION_STEPS)
             pairs[use.tensor] = _pair(graph, use.tensor, np.asarray(scale), None)
         nodes[use.node].input[use.input] = pairs[use.tensor][1].output[0]
     for node in nodes.values():
-        if node.op_type == "Conv" and not in_head(node):
+        if node.op_type == "Conv" and not in_head(node) and node.name not in in_float:
             name = node.input[1]
             if name not in pairs:
                 largest = np.abs(weights[name]).reshape(len(weights[name]), -1).max(1)
-                scale = (np.maximum(largest, 1e-8) / WEIGHT_STEPS).astype(np.float32)
+                scale = (np.maximum(largest, SMALLEST_RANGE) / WEIGHT_STEPS).astype(np.float32)
                 pairs[name] = _pair(graph, name, scale, axis=0)
             node.input[1] = pairs[name][1].output[0]
 
@@ -141,6 +155,12 @@ def _insert(graph: onnx.GraphProto, pairs: dict[str, list[onnx.NodeProto]]) -> N
         for output in node.output:
             ordered += pairs.get(output, [])
     replace_nodes(graph, ordered)
+
+
+def drop_unused_weights(graph: onnx.GraphProto) -> None:
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:

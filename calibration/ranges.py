@@ -15,6 +15,7 @@ from stpm.edge.errors import InputError
 from stpm.edge.preprocess import Tensor
 
 BINS = 4096
+LEVELS = 128  # that a symmetric 8-bit number has for magnitudes
 
 
 @dataclass
@@ -65,11 +66,42 @@ def mse(histogram: Histogram) -> float:
     return float(candidates[int(np.argmin(errors))])
 
 
-OBSERVERS = {"minmax": minmax, "percentile": percentile, "mse": mse}
+def entropy(histogram: Histogram) -> float:
+    """The range whose 8-bit version loses the least information: the smallest Kullback-Leibler divergence between
+    the values, clipped, and their 128 levels. Zeros are left out: 0 is a level of every range."""
+    counts = histogram.counts.astype(np.float64)
+    counts[0] = 0
+    last = int(np.ceil(histogram.largest / histogram.limit * BINS))
+    if last <= LEVELS or not counts.any():
+        return histogram.largest
+    candidates = np.unique(np.linspace(LEVELS, last, 200).astype(int))
+    losses = [_information_lost(counts, candidate) for candidate in candidates]
+    return min(histogram.largest, float(candidates[int(np.argmin(losses))] * histogram.limit / BINS))
+
+
+def _information_lost(counts: np.ndarray, end: int) -> float:
+    """KL(P‖Q) in nats: P is the histogram with everything from bin `end` on put into the last bin before it; Q has
+    the clipped values removed, and the rest spread evenly over the non-empty bins of each level."""
+    inside = counts[:end]
+    clipped = inside.copy()
+    clipped[-1] += counts[end:].sum()
+    level = np.arange(end) * LEVELS // end
+    filled = inside > 0
+    share = np.bincount(level, inside, LEVELS) / np.maximum(np.bincount(level, filled, LEVELS), 1)
+    spread = np.where(filled, share[level], 0)
+    # a bin that only clipped values fall into would make the divergence infinite
+    p, q = clipped / clipped.sum(), np.maximum(spread / max(spread.sum(), 1), 1e-9)
+    return float(np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0])))
+
+
+OBSERVERS = {"minmax": minmax, "percentile": percentile, "entropy": entropy, "mse": mse}
 
 
 def collect(graph: onnx.ModelProto, tensors: list[str], batches: Iterable[Tensor]) -> dict[str, Histogram]:
-    """Run the graph on each batch and fill one histogram per tensor. A value that is not finite: InputError."""
+    """Run the graph on each batch and fill one histogram per tensor.
+
+    No batch, a batch of another shape than the graph's input, or a value that is not finite: InputError.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
     input_name = model.graph.input[0].name
@@ -81,7 +113,15 @@ def collect(graph: onnx.ModelProto, tensors: list[str], batches: Iterable[Tensor
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     histograms = {name: Histogram.empty() for name in tensors}
+    shape = tuple(dimension.dim_value for dimension in model.graph.input[0].type.tensor_type.shape.dim)
+    count = 0
     for batch in batches:
+        count += 1
+        if batch.shape != shape:
+            raise InputError(
+                f"wanted calibration images of shape {shape} as the graph takes them, found {batch.shape}: "
+                "preprocess them with the same preprocessing as the training images"
+            )
         values = dict(zip(extra, session.run(extra, {input_name: batch}), strict=True))
         if input_name in histograms:
             values[input_name] = batch
@@ -92,4 +132,6 @@ def collect(graph: onnx.ModelProto, tensors: list[str], batches: Iterable[Tensor
                     "the weights"
                 )
             histograms[name].add(value)
+    if count == 0:
+        raise InputError("wanted images of good parts to calibrate on, found none: give at least one")
     return histograms

@@ -36,6 +36,14 @@ def count(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A share on the command line."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"wanted a share between 0 and 1, found {text}")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parser("stpm-run", "Judge the frames of a camera with a bundle and tell the PLC.", EXAMPLES)
     add = options.add_argument
@@ -100,6 +108,9 @@ def _introduce(bundle: Bundle, backend: str) -> None:
         f"bundle {bundle.path}: {manifest.category}, {manifest.method} {manifest.precision}, threshold "
         f"{manifest.threshold.value:.3e}, made {manifest.created}"
     )
+    if manifest.threshold_changes:
+        change = manifest.threshold_changes[-1]
+        say(f"threshold changed {change.at} by {change.by}, before {change.before.value:.3e}: {change.reason}")
     if backend == "fake":
         print("WARNING: --backend fake: the verdicts are scripted, no part is inspected", file=sys.stderr)
 

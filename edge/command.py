@@ -15,7 +15,7 @@ INTERRUPTED = 130
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 unexpected; 2 wrong command line; 3 images or weights; 4 bundle;\n"
-    "5 engine or self test; 6 camera; 7 PLC; 8 disk; 9 training; 130 interrupted"
+    "5 engine or self test; 6 camera; 7 PLC; 8 disk; 9 training; 10 accuracy gate; 130 interrupted"
 )
 
 
@@ -59,6 +59,11 @@ def say(text: str) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+def warn(text: str) -> None:
+    """A sentence about something that is allowed but may not be meant, among the output of the command."""
+    say(f"WARNING: {text}")
 
 
 @contextlib.contextmanager

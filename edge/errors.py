@@ -9,7 +9,8 @@
     ├── CameraError        6   the frame source does not open or has stopped
     ├── PlcError           7   the serial link does not open or has stopped
     ├── StorageError       8   disk full, quota reached, or no permission to write
-    └── TrainingError      9   the loss is not a number
+    ├── TrainingError      9   the loss is not a number
+    └── AccuracyError     10   no int8 engine was as accurate as FP32
 
 0 is success (for stpm-run also a stop by Ctrl-C or SIGTERM), 2 a wrong command line, 130 an interrupted build.
 A message is one sentence: what was wanted, what was found, what to do next.
@@ -54,3 +55,7 @@ class StorageError(StpmError):
 
 class TrainingError(StpmError):
     exit_code = 9
+
+
+class AccuracyError(StpmError):
+    exit_code = 10

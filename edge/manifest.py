@@ -1,4 +1,4 @@
-"""What a bundle says of itself: manifest.json, schema 1. Read strictly: an unknown or missing field is an error."""
+"""What a bundle says of itself: manifest.json, schema 2. Read strictly: an unknown or missing field is an error."""
 
 import hashlib
 from typing import Annotated, Literal
@@ -8,9 +8,10 @@ import msgspec
 from stpm.edge.errors import BundleError
 from stpm.edge.preprocess import Preprocess
 
-SCHEMA = 1
+SCHEMA = 2
 
 Precision = Literal["fp32", "fp16", "int8"]
+Quantize = Literal["ptq", "qad"]
 
 
 class EngineFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,16 +29,26 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     normals: int
     held_out: int
+    photo_size: tuple[int, int]  # width and height of the photos in pixels
     unreadable: list[str]
     images_sha256: str
     settings: dict[str, int | float]
     best_epoch: int | None  # None when the student was given
 
 
-class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One way to make the int8 graph: post-training quantisation, or quantisation-aware distillation as well."""
+
+    quantize: Quantize
     observer: str
+    fp16_layers: list[str] = []  # convolutions that stay FP16
+
+
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    setting: Setting
     images: int
     ranges_sha256: str
+    fine_tuning: dict[str, int | float] | None  # of the student, with quantize "qad"
 
 
 class Threshold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,25 +56,58 @@ class Threshold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     value: Annotated[float, msgspec.Meta(gt=0)]
     rule: str
-    false_reject_rate: float | None  # what the rule can promise on parts like the held-out normals
-    normals: int
+    false_reject_rate: float | None  # what the rule expects on parts like the normals
+    normals: int  # that it rests on
+    interval: tuple[float, float] | None  # of the false-reject rate, with 95 % confidence; None: by hand
 
 
 class ThresholdChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     at: str  # UTC, ISO 8601
     by: str
-    before: float
-    after: float
+    before: Threshold
+    after: Threshold
+    images_sha256: str | None  # over the photos it was found with; None: by hand
     reason: str
 
 
 class Accuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Measured through the engine in this bundle. None: not defined on the images that were given."""
+    """Measured through a compiled engine. None: not defined on the images that were given."""
 
     images: int
     image_auroc: float | None
     pixel_auroc: float | None
     aupro: float | None  # per-region overlap, integrated to a false-positive rate of 30 % and divided by it
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much of each figure the int8 engine may lose."""
+
+    image_auroc: float = 0.005
+    pixel_auroc: float = 0.003
+    aupro: float = 0.01
+
+
+class Attempt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One int8 engine beside the FP32 engine, both compiled, on the same images."""
+
+    setting: Setting
+    accuracy: Accuracy
+    map_correlation: float  # of the two anomaly maps of a held-out normal, mean
+    score_correlation: float  # over all held-out normals
+    score_ratio: float  # int8 score / FP32 score of a held-out normal, median
+    false_rejects: float  # share of the held-out normals above this engine's own threshold
+    false_rejects_at_fp32: float  # the same, with the threshold of the FP32 engine
+    passed: bool
+
+
+class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the int8 engine in this bundle had to pass. The last attempt is the one in the bundle."""
+
+    limits: Limits
+    images: Literal["labelled", "drawn"]  # drawn: scratches on held-out normals, where no defects are labelled
+    fp32: Accuracy
+    fp32_false_rejects: float
+    attempts: list[Attempt]
 
 
 class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,7 +135,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calibration: Calibration | None
     threshold: Threshold
     threshold_changes: list[ThresholdChange]
-    accuracy: Accuracy | None
+    accuracy: Accuracy | None  # on the labelled images
+    gate: Gate | None  # of an int8 engine
     versions: dict[str, str]
     files: dict[str, str]  # name → sha256 of every other file in the folder
     sha256: str = ""  # of this manifest, encoded with this field empty
@@ -112,7 +157,7 @@ def _seal(manifest: Manifest) -> str:
 
 
 def decode(content: bytes, source: str) -> Manifest:
-    """The manifest in `content`; BundleError when it is not one of schema 1. `source` names it in messages."""
+    """The manifest in `content`; BundleError when it is not one of this schema. `source` names it in messages."""
     try:
         schema = msgspec.json.decode(content, type=_SchemaOnly).schema
         if schema != SCHEMA:

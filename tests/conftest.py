@@ -59,7 +59,7 @@ def bundles(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for precision in ("fp32", "fp16", "int8"):
         words = (
             f"--engine {precision} --category bushing --data {parts} --teacher builtin --epochs 2 --batch 8 "
-            f"--work {out / 'work'} --out {out / precision}"
+            f"--qad-epochs 1 --max-drop 1,1,1 --work {out / 'work'} --out {out / precision}"
         )
         assert build_main(words.split()) == 0
         made[precision] = open_bundle(out / precision)

@@ -14,8 +14,11 @@ from stpm.tools.evaluate import main as eval_main
 
 
 def build(out, data, *more):
-    words = f"--engine int8 --category bushing --teacher builtin --epochs 1 --data {data} --work {out.parent / 'work'}"
-    return build_main([*words.split(), "--out", str(out), *map(str, more)])
+    words = (
+        "--engine int8 --quantize ptq --max-drop 1,1,1 --category bushing --teacher builtin --epochs 1 "
+        f"--data {data} --work {out.parent / 'work'} --out {out}"
+    )
+    return build_main([*words.split(), *map(str, more)])
 
 
 def one_sentence(capfd, *expected):
@@ -126,8 +129,8 @@ def test_a_bundle_is_replaced_whole(bundles, tmp_path, parts):
     work = bundles["int8"].path.parent / "work"
     target = shutil.copytree(bundles["fp32"].path, tmp_path / "bundle")
     words = (
-        f"--engine int8 --category bushing --teacher builtin --epochs 2 --batch 8 --data {parts} --work "
-        f"{work} --out {target}"
+        f"--engine int8 --qad-epochs 1 --max-drop 1,1,1 --category bushing --teacher builtin --epochs 2 --batch 8 "
+        f"--data {parts} --work {work} --out {target}"
     ).split()
     assert build_main(words) == 0
     assert open_bundle(target).manifest.precision == "int8"

@@ -28,6 +28,10 @@ def pixels():
     return np.stack([SMALL.resize(draw_part(seed)[0]) for seed in range(10)])
 
 
+def run(teacher, pixels, folder, recipe=RECIPE):
+    return train(METHOD, teacher, METHOD.new_student(recipe.seed), pixels, SMALL, recipe, folder)
+
+
 def test_loss_is_the_authors_form():
     """Σ over taps of the mean over images and pixels of Σ over channels (t̂ − ŝ)², no ½: written as loops."""
     random = np.random.default_rng(0)
@@ -58,7 +62,7 @@ def test_split_is_disjoint_complete_and_by_seed():
 
 
 def test_training_lowers_the_loss_and_keeps_the_best_epoch(teacher, pixels, tmp_path):
-    trained = train(METHOD, teacher, pixels, SMALL, RECIPE, tmp_path)
+    trained = run(teacher, pixels, tmp_path)
     assert len(trained.history) == 3
     assert trained.history[-1].loss < 0.8 * trained.history[0].loss
     validations = [epoch.validation for epoch in trained.history]
@@ -67,7 +71,7 @@ def test_training_lowers_the_loss_and_keeps_the_best_epoch(teacher, pixels, tmp_
 
 
 def test_a_stopped_run_ends_with_the_same_weights(teacher, pixels, tmp_path, monkeypatch):
-    whole = train(METHOD, teacher, pixels, SMALL, RECIPE, _made(tmp_path / "whole"))
+    whole = run(teacher, pixels, _made(tmp_path / "whole"))
     original = training._validate
     calls = []
 
@@ -80,29 +84,29 @@ def test_a_stopped_run_ends_with_the_same_weights(teacher, pixels, tmp_path, mon
     folder = _made(tmp_path / "parts")
     monkeypatch.setattr(training, "_validate", stopped)
     with pytest.raises(KeyboardInterrupt):
-        train(METHOD, teacher, pixels, SMALL, RECIPE, folder)
+        run(teacher, pixels, folder)
     monkeypatch.setattr(training, "_validate", original)
-    resumed = train(METHOD, teacher, pixels, SMALL, RECIPE, folder)
+    resumed = run(teacher, pixels, folder)
     assert weights_hash(resumed.student.state_dict()) == weights_hash(whole.student.state_dict())
     assert resumed.history == whole.history
 
 
 def test_without_room_for_the_cache_the_result_is_nearly_the_same(teacher, pixels, tmp_path, monkeypatch):
-    cached = train(METHOD, teacher, pixels, SMALL, RECIPE, _made(tmp_path / "a"))
+    cached = run(teacher, pixels, _made(tmp_path / "a"))
     monkeypatch.setattr(training, "CACHE_BYTES", 0)
-    computed = train(METHOD, teacher, pixels, SMALL, RECIPE, _made(tmp_path / "b"))
+    computed = run(teacher, pixels, _made(tmp_path / "b"))
     assert computed.history[-1].loss == pytest.approx(cached.history[-1].loss, rel=0.02)
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_and_rate(teacher, pixels, tmp_path, monkeypatch):
     monkeypatch.setattr(METHOD, "loss", lambda targets, student: student[0].sum() * float("nan"), raising=False)
     with pytest.raises(TrainingError, match=r"epoch 1 at learning rate 0\.4"):
-        train(METHOD, teacher, pixels, SMALL, RECIPE, tmp_path)
+        run(teacher, pixels, tmp_path)
 
 
 def test_the_teacher_does_not_change(teacher, pixels, tmp_path):
     before = weights_hash(teacher.state_dict())
-    train(METHOD, teacher, pixels, SMALL, Recipe(epochs=1, batch=4), tmp_path)
+    run(teacher, pixels, tmp_path, Recipe(epochs=1, batch=4))
     assert weights_hash(teacher.state_dict()) == before
 
 

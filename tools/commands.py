@@ -12,12 +12,16 @@ def train() -> int:
     return _start("stpm-train", "stpm.build.cli", "train_main", "build")
 
 
+def tune() -> int:
+    return _start("stpm-tune", "stpm.tools.tune", "main", "cpu")
+
+
 def evaluate() -> int:
-    return _start("stpm-eval", "stpm.tools.evaluate", "main", "cpu,eval")
+    return _start("stpm-eval", "stpm.tools.evaluate", "main", "cpu")
 
 
 def bench() -> int:
-    return _start("stpm-bench", "stpm.tools.bench", "main", "cpu,eval")
+    return _start("stpm-bench", "stpm.tools.bench", "main", "cpu")
 
 
 def _start(name: str, module: str, function: str, extra: str) -> int:

@@ -9,7 +9,7 @@ import cv2
 import msgspec
 import numpy as np
 
-from stpm.calibration.dataset import find_labelled
+from stpm.calibration.dataset import find_labelled, load_labelled
 from stpm.calibration.evaluation import Evaluation, evaluate, shown
 from stpm.calibration.metrics import auroc
 from stpm.edge.bundle import Bundle, find_bundle, open_bundle
@@ -74,7 +74,8 @@ def _run(options: argparse.Namespace) -> None:
             "of good parts alone cannot be evaluated)"
         )
     with open_engine(bundle, options.backend) as engine:
-        evaluation = evaluate(engine, labelled, bundle.manifest.preprocess)
+        preprocess = bundle.manifest.preprocess
+        evaluation = evaluate(engine, load_labelled(labelled, preprocess), preprocess)
         report = make_report(bundle, evaluation, engine.describe())
     print(table(report))
     if options.out:
@@ -84,7 +85,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def make_report(bundle: Bundle, evaluation: Evaluation, engine: dict[str, str]) -> Report:
     threshold, scores = bundle.manifest.threshold.value, evaluation.scores
-    kinds = np.array([item.kind for item in evaluation.items])
+    kinds = np.array([item.kind for item in evaluation.images.items])
     rows = {}
     for kind in sorted(set(kinds), key=lambda name: (name != "good", name)):
         of_kind = kinds == kind
@@ -97,7 +98,8 @@ def make_report(bundle: Bundle, evaluation: Evaluation, engine: dict[str, str]) 
         )
     manifest = bundle.manifest
     by_name = {
-        f"{item.kind}/{item.path.name}": float(score) for item, score in zip(evaluation.items, scores, strict=True)
+        f"{item.kind}/{item.path.name}": float(score)
+        for item, score in zip(evaluation.images.items, scores, strict=True)
     }
     return Report(
         str(bundle.path),
@@ -141,14 +143,14 @@ def _write(out: Path, report: Report, evaluation: Evaluation) -> None:
         wrong.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", report)
     _write_picture(out / "overview.png", overview(report, evaluation))
-    for index, item in enumerate(evaluation.items):
+    for index, item in enumerate(evaluation.images.items):
         if item.defective != (evaluation.scores[index] > report.threshold):
             _write_picture(wrong / f"{item.kind}_{item.path.stem}.png", _picture(report, evaluation, index))
 
 
 def overview(report: Report, evaluation: Evaluation) -> Image:
     """For every kind the image with the lowest, the middle and the highest score, one row a kind."""
-    kinds = np.array([item.kind for item in evaluation.items])
+    kinds = np.array([item.kind for item in evaluation.images.items])
     pictures = []
     for kind in report.kinds:
         ranked = np.flatnonzero(kinds == kind)[np.argsort(evaluation.scores[kinds == kind])]
@@ -158,10 +160,10 @@ def overview(report: Report, evaluation: Evaluation) -> Image:
 
 
 def _picture(report: Report, evaluation: Evaluation, index: int) -> Image:
-    item, score = evaluation.items[index], evaluation.scores[index]
+    item, score = evaluation.images.items[index], evaluation.scores[index]
     verdict = "FAIL" if score > report.threshold else "PASS"
     caption = f"{item.kind}/{item.path.name}  {verdict}  score {score:.2e}  threshold {report.threshold:.2e}"
-    return defect_picture(evaluation.pixels[index], evaluation.maps[index], report.threshold, caption)
+    return defect_picture(evaluation.images.pixels[index], evaluation.maps[index], report.threshold, caption)
 
 
 def _write_picture(path: Path, picture: Image) -> None:

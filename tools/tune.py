@@ -1,0 +1,153 @@
+"""stpm-tune: a new threshold for a bundle, on the edge box, from photos of good parts that its camera has taken."""
+
+import argparse
+import getpass
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from stpm.calibration.dataset import MINIMUM_NORMALS, Images, images_hash, load_images
+from stpm.calibration.evaluation import infer_all
+from stpm.calibration.thresholds import described, fit, outliers, threshold_rule, warning
+from stpm.edge.bundle import MANIFEST, Bundle, find_bundle, open_bundle
+from stpm.edge.cli import share
+from stpm.edge.command import parser, run_command, say, warn
+from stpm.edge.engine import BACKENDS, open_engine
+from stpm.edge.errors import BundleError, InputError
+from stpm.edge.images import list_images
+from stpm.edge.manifest import Manifest, Threshold, ThresholdChange, encode
+from stpm.edge.score import Array
+from stpm.edge.selftest import self_test
+from stpm.edge.storage import write_file
+
+EXAMPLES = """\
+  stpm-tune --bundle bundles/screw-int8 --images good-parts --reason "new lamp"
+  stpm-tune --images good-parts --false-reject-rate 0.002 --dry-run
+  stpm-tune --threshold 9.5e-4 --reason "asked for by quality"
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser(
+        "stpm-tune", "Find the threshold of a bundle again from photos of good parts, and record the change.", EXAMPLES
+    )
+    add = options.add_argument
+    add("--bundle", type=Path, metavar="DIR", help="default: the only bundle in ./bundles")
+    add("--images", type=Path, metavar="DIR", help="photos of good parts that the student was not trained on")
+    add(
+        "--threshold",
+        type=threshold_rule,
+        default="tail",
+        metavar="tail|quantile|SCORE",
+        help="by a fit of the tail of the scores, by their order alone, or by hand (default: tail)",
+    )
+    add(
+        "--false-reject-rate",
+        type=share,
+        default=0.01,
+        metavar="R",
+        help="share of good parts that the threshold may reject (default: 0.01)",
+    )
+    add("--reason", default="", metavar="TEXT", help="kept in the record of the change")
+    add("--by", default=None, metavar="NAME", help="who changes it (default: the user's name on this machine)")
+    add("--backend", choices=("auto", *BACKENDS), default="auto")
+    add("--dry-run", action="store_true", help="show the new threshold and change nothing")
+    chosen = options.parse_args(arguments)
+    if chosen.images is None and not isinstance(chosen.threshold, float):
+        options.error("wanted --images DIR with photos of good parts, or --threshold SCORE to set it by hand")
+    return run_command("stpm-tune", lambda: _run(chosen), "the threshold was not changed")
+
+
+def _run(options: argparse.Namespace) -> None:
+    bundle = open_bundle(options.bundle or find_bundle())
+    before, scores, digest = bundle.manifest.threshold, np.zeros(0, np.float32), None
+    if options.images is not None:
+        images = _load(options.images, bundle.manifest)
+        digest = images_hash(images.paths, bundle.manifest.preprocess)
+        if digest == bundle.manifest.training.images_sha256:
+            raise InputError(
+                f"{options.images} holds the photos that this bundle was trained on, which score lower than new ones: "
+                "give photos of good parts that were taken since"
+            )
+        scores = _scores(bundle, options.backend, images)
+        _warn_of_outliers(images, scores)
+    after = fit(scores, options.threshold, options.false_reject_rate)
+    _show(bundle, before, after, scores)
+    too_few = warning(after, options.false_reject_rate)
+    if too_few is not None:
+        warn(too_few)
+    if options.dry_run:
+        say("nothing was changed (--dry-run)")
+        return
+    change = ThresholdChange(
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        options.by or getpass.getuser(),
+        before,
+        after,
+        digest,
+        options.reason,
+    )
+    _write(bundle, change)
+    say(f"recorded in {bundle.path / MANIFEST}; stpm-run judges with it from its next start")
+
+
+def _load(folder: Path, manifest: Manifest) -> Images:
+    paths = list_images(folder)
+    images = load_images(paths, manifest.preprocess, "reading good parts")
+    if len(images.paths) < MINIMUM_NORMALS:
+        raise InputError(
+            f"wanted at least {MINIMUM_NORMALS} photos of good parts, found {len(images.paths)} in {folder}: add more"
+        )
+    if images.photo_size != manifest.training.photo_size:
+        (width, height), (wanted_width, wanted_height) = images.photo_size, manifest.training.photo_size
+        raise InputError(
+            f"wanted photos of {wanted_width}×{wanted_height} pixels like those that the bundle was trained on, found "
+            f"{width}×{height} in {folder}: set the camera to that size, or build the bundle again with such photos"
+        )
+    return images
+
+
+def _scores(bundle: Bundle, backend: str, images: Images) -> Array:
+    with open_engine(bundle, backend) as engine:
+        if engine.describe()["backend"] == "fake":
+            raise InputError("wanted an engine that inspects parts, found --backend fake: its scores are scripted")
+        self_test(bundle, engine)
+        return infer_all(engine, images.pixels, bundle.manifest.preprocess, "scoring")[1]
+
+
+def _warn_of_outliers(images: Images, scores: Array) -> None:
+    middle = np.median(scores)
+    for index in outliers(scores):
+        warn(
+            f"{images.paths[index]} scores {scores[index]:.3e}, far above the others (median {middle:.3e}): look at "
+            "it, and remove it if it shows a defect"
+        )
+
+
+def _show(bundle: Bundle, before: Threshold, after: Threshold, scores: Array) -> None:
+    say(f"{bundle.path}: {bundle.manifest.category} {bundle.manifest.precision}")
+    if len(scores):
+        low, middle, high = np.quantile(scores, (0, 0.5, 1))
+        say(f"  photos  {len(scores)}, scores {low:.3e} to {high:.3e}, median {middle:.3e}")
+    for name, threshold in (("before", before), ("after", after)):
+        above = f"; {np.count_nonzero(scores > threshold.value)} of these photos above it" if len(scores) else ""
+        say(f"  {name:<7} {described(threshold)}{above}")
+
+
+def _write(bundle: Bundle, change: ThresholdChange) -> None:
+    """Replace the manifest at once. The engine does not change, so neither do the hashes of its files."""
+    if open_bundle(bundle.path).sha256 != bundle.sha256:
+        raise BundleError(f"{bundle.path} was changed by someone else meanwhile: run the command again")
+    manifest = msgspec.structs.replace(
+        bundle.manifest,
+        threshold=change.after,
+        threshold_changes=[*bundle.manifest.threshold_changes, change],
+    )
+    write_file(bundle.path / MANIFEST, encode(manifest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
