@@ -73,8 +73,8 @@ def _correlation(a: Array, b: Array) -> float:
 
 
 def name_of(setting: Setting) -> str:
-    """As people read it: "qad mse, 2 layers FP16"."""
-    layers = f", {len(setting.fp16_layers)} layers FP16" if setting.fp16_layers else ""
+    """As people read it: "qad mse, 2 FP16" with two layers in FP16."""
+    layers = f", {len(setting.fp16_layers)} FP16" if setting.fp16_layers else ""
     return f"{setting.quantize} {setting.observer}{layers}"
 
 
@@ -83,17 +83,17 @@ def table(gate: Gate) -> str:
     where = "labelled images" if gate.images == "labelled" else "normals with drawn scratches"
     lines = [
         f"accuracy gate, on {gate.fp32.images} {where}",
-        f"  {'':<26}{'image AUROC':>12}{'pixel AUROC':>12}{'AUPRO@30%':>11}{'maps agree':>12}{'score':>8}{'FRR':>7}",
-        f"  {'FP32':<26}{_figures(gate.fp32)}{'':>12}{'':>8}{gate.fp32_false_rejects:>7.1%}",
+        f"  {'':<28}{'image AUROC':>12}{'pixel AUROC':>12}{'AUPRO@30%':>11}{'maps agree':>11}{'score':>8}{'FRR':>7}",
+        f"  {'FP32':<28}{_figures(gate.fp32)}{'':>11}{'':>8}{gate.fp32_false_rejects:>7.1%}",
     ]
     lines += [
-        f"  {'INT8 ' + name_of(attempt.setting):<26}{_figures(attempt.accuracy)}{attempt.map_correlation:>12.4f}"
+        f"  {'INT8 ' + name_of(attempt.setting):<28}{_figures(attempt.accuracy)}{attempt.map_correlation:>11.4f}"
         f"{attempt.score_ratio:>7.2f}×{attempt.false_rejects:>7.1%}  {'pass' if attempt.passed else 'FAIL'}"
         for attempt in gate.attempts
     ]
     limits = gate.limits
     lines.append(
-        f"  {'largest drop allowed':<26}{limits.image_auroc:>12.4f}{limits.pixel_auroc:>12.4f}{limits.aupro:>11.4f}"
+        f"  {'largest drop allowed':<28}{limits.image_auroc:>12.4f}{limits.pixel_auroc:>12.4f}{limits.aupro:>11.4f}"
     )
     return "\n".join(lines)
 

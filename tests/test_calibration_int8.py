@@ -10,8 +10,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from stpm.calibration.fp16 import to_fp16
-from stpm.calibration.qdq import activations, describe, in_head, placement, quantise
-from stpm.calibration.ranges import BINS, Histogram, collect, minmax, mse, percentile
+from stpm.calibration.qdq import activations, convolutions, describe, in_head, placement, quantise
+from stpm.calibration.ranges import BINS, OBSERVERS, Histogram, collect, entropy, minmax, mse, percentile
+from stpm.calibration.sensitivity import sensitivity
 from stpm.edge.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "stpm_placement.txt"
@@ -181,3 +182,84 @@ def test_collect_sees_the_input_and_refuses_nan(graphs):
     assert all(0 <= histogram.largest < 1e4 for histogram in found.values())
     with pytest.raises(InputError, match="not finite"):
         collect(model, names, [np.full_like(tensor, np.nan)])
+
+
+def test_entropy_clips_a_lonely_outlier_and_keeps_a_full_range():
+    random = np.random.default_rng(0)
+    even, lonely = Histogram.empty(), Histogram.empty()
+    even.add(random.random(100_000))
+    lonely.add(np.append(np.abs(random.normal(0, 1, 100_000)), 50.0))
+    assert entropy(even) > 0.95 * even.largest
+    assert 2 < entropy(lonely) < 12
+
+
+def test_entropy_of_few_bins_and_of_zeros_is_the_maximum():
+    histogram = Histogram.empty()
+    histogram.add(np.zeros(10))
+    assert entropy(histogram) == 0
+    histogram.counts[3], histogram.largest = 5, 3.5 * histogram.limit / BINS
+    assert entropy(histogram) == histogram.largest
+
+
+def test_every_observer_lies_within_the_values(graphs):
+    model = graphs["fp32"]
+    tensor = np.random.default_rng(0).normal(0, 1, (1, 3, 256, 256)).astype(np.float32)
+    for name, histogram in collect(model, activations(model), [tensor]).items():
+        for observer, observe in OBSERVERS.items():
+            assert 0 < observe(histogram) <= histogram.largest, (observer, name)
+
+
+def test_a_layer_left_in_float_keeps_its_weights_and_frees_its_shortcut(graphs):
+    model = graphs["fp32"]
+    layer = "/teacher/layer1/layer1.0/conv2/Conv"
+    ranges = dict.fromkeys(activations(model), 4.0)
+    mixed = quantise(model, ranges, in_float=[layer])
+    nodes = {node.name: node for node in mixed.graph.node}
+    plain = next(node for node in model.graph.node if node.name == layer)
+    assert list(nodes[layer].input) == list(plain.input)
+    add = nodes["/teacher/layer1/layer1.0/Add"]
+    producer = {output: node.op_type for node in mixed.graph.node for output in node.output}
+    assert "DequantizeLinear" not in [producer.get(name) for name in add.input]
+    assert placement(model, [layer]) == [use for use in placement(model) if use.node not in (layer, add.name)]
+
+
+def test_a_layer_in_fp16_inside_an_int8_graph(graphs, bundles):
+    model = graphs["fp32"]
+    layers = ["/teacher/conv1/Conv", "/student/layer2/layer2.0/conv1/Conv"]
+    manifest = bundles["fp32"].manifest
+    tensor = manifest.preprocess(bundles["fp32"].golden().frames[2])
+    ranges = {name: minmax(found) for name, found in collect(model, activations(model), [tensor]).items()}
+    mixed = to_fp16(quantise(model, ranges, in_float=layers), layers)
+    values = {tensor.name: tensor.data_type for tensor in mixed.graph.initializer}
+    for node in mixed.graph.node:
+        if node.op_type == "Conv" and not in_head(node):
+            kind = TensorProto.FLOAT16 if node.name in layers else TensorProto.FLOAT
+            assert values.get(node.input[1], TensorProto.FLOAT) == kind
+    assert sum(node.op_type == "Cast" for node in mixed.graph.node) == 2 * len(layers)
+    wanted = run(model, tensor)
+    # the first convolution of the teacher is the most sensitive layer: without its rounding the map is nearer
+    distance = {
+        name: np.abs(run(graph, tensor) - wanted).mean()
+        for name, graph in (("mixed", mixed), ("int8", quantise(model, ranges)))
+    }
+    assert distance["mixed"] < distance["int8"]
+
+
+def test_a_calibration_set_that_is_empty_or_of_another_size(graphs):
+    model = graphs["fp32"]
+    with pytest.raises(InputError, match="found none"):
+        collect(model, activations(model), [])
+    with pytest.raises(InputError, match=r"\(1, 3, 256, 256\).*found \(1, 3, 128, 128\)"):
+        collect(model, activations(model), [np.zeros((1, 3, 128, 128), np.float32)])
+
+
+def test_sensitivity_ranks_the_layer_that_does_the_damage_first(graphs, bundles):
+    model = graphs["fp32"]
+    tensor = bundles["fp32"].manifest.preprocess(bundles["fp32"].golden().frames[2])
+    ranges = {name: minmax(found) for name, found in collect(model, activations(model), [tensor]).items()}
+    culprit = "/student/layer2/layer2.1/conv2/Conv"
+    ranges[next(use.tensor for use in placement(model) if use.node == culprit)] *= 30
+    found = sensitivity(model, ranges, lambda graph: run(graph, tensor))
+    assert set(found) == set(convolutions(model))
+    assert next(iter(found)) == culprit
+    assert list(found.values()) == sorted(found.values(), reverse=True)
