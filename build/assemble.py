@@ -17,7 +17,7 @@ import onnx
 from stpm.build.compile import OPENVINO, compile_openvino
 from stpm.build.distil import FineTuning
 from stpm.build.golden import TOLERANCE, golden_frames
-from stpm.build.graphs import Graphs
+from stpm.build.graphs import Graphs, spread
 from stpm.build.methods import METHODS
 from stpm.build.pipeline import Job, Material
 from stpm.build.pyramid import weights_hash
@@ -28,12 +28,11 @@ from stpm.calibration.dataset import Images, Labelled, load_labelled
 from stpm.calibration.evaluation import infer_all
 from stpm.calibration.gate import Measured, compare, measure, name_of, table
 from stpm.calibration.scratches import with_faint_scratches
-from stpm.calibration.sensitivity import sensitivity
 from stpm.calibration.thresholds import outliers, warning
 from stpm.edge.bundle import MANIFEST, file_hash
 from stpm.edge.command import warn
 from stpm.edge.engine.openvino import OpenVinoEngine
-from stpm.edge.errors import AccuracyError, InputError
+from stpm.edge.errors import AccuracyError, EngineError, InputError, TrainingError
 from stpm.edge.manifest import (
     SCHEMA,
     Calibration,
@@ -47,6 +46,7 @@ from stpm.edge.manifest import (
     Weights,
     encode,
 )
+from stpm.edge.preprocess import Image
 from stpm.edge.score import Array
 from stpm.edge.storage import new_folder
 
@@ -59,7 +59,7 @@ SHOWN = 5
 class Wish(msgspec.Struct, frozen=True):
     """What the bundle shall be like. `threshold` is a rule of calibration/thresholds.py, or a number."""
 
-    precision: Precision
+    precision: Precision = "int8"
     setting: Setting = Setting("qad", "mse")
     fine_tuning_epochs: int = FineTuning().epochs
     calibration_images: int = 128
@@ -110,7 +110,9 @@ class Assembly:
             golden = golden_frames(self.held_out, chosen.scores, self.job.preprocess, engine)
         np.savez_compressed(self.folder / "golden.npz", frames=golden.frames, maps=golden.maps, scores=golden.scores)
         manifest = self._manifest(chosen, calibration, gate)
-        write_report(self.folder / "report.html", Facts(manifest, self.held_out, fp32, chosen, layers))
+        write_report(
+            self.folder / "report.html", Facts(manifest, self.held_out, self.has_labels, fp32, chosen, layers)
+        )
         files = {file.name: file_hash(file) for file in sorted(self.folder.iterdir())}
         manifest = msgspec.structs.replace(manifest, files=files)
         (self.folder / MANIFEST).write_bytes(encode(manifest))
@@ -139,36 +141,41 @@ class Assembly:
         return self.material.normals.subset(indices)
 
     @property
-    def defects_are_labelled(self) -> bool:
-        return any(item.defective for item in self.material.dataset.labelled)
+    def has_labels(self) -> bool:
+        """Whether good and defective parts are labelled: without either no figure is defined."""
+        return len({item.defective for item in self.material.dataset.labelled}) == 2
 
     @cached_property
-    def defects(self) -> Labelled:
-        """The labelled images; where no defect is labelled, held-out normals with and without a drawn scratch."""
-        if self.defects_are_labelled:
+    def labelled(self) -> Labelled:
+        """The labelled images; where there are none, held-out normals with and without a drawn scratch."""
+        if self.has_labels:
             return load_labelled(self.material.dataset.labelled, self.job.preprocess)
         return with_faint_scratches(self.held_out, self.job.recipe.seed)
 
     @cached_property
     def sensitivity(self) -> dict[str, float]:
-        pixels = self.held_out.pixels[:SENSITIVITY_IMAGES]
+        pixels = self.held_out.pixels[spread(np.arange(len(self.held_out.pixels)), SENSITIVITY_IMAGES)]
+        return self.graphs.sensitivity(self.wish.setting.observer, pixels, self._maps)
 
-        def maps_of(graph: onnx.ModelProto) -> Array:
-            with TemporaryDirectory(dir=self.folder) as folder:
-                file = Path(folder) / "graph.onnx"
-                onnx.save(graph, file)
-                with self._engine(file) as engine:
-                    return infer_all(engine, pixels, self.job.preprocess, "maps")[0]
-
-        return sensitivity(self.graphs.fp32, self.graphs.ranges(self.wish.setting.observer), maps_of)
+    def _maps(self, graph: onnx.ModelProto, pixels: Image) -> Array:
+        with TemporaryDirectory(dir=self.folder) as folder:
+            file = Path(folder) / "graph.onnx"
+            onnx.save(graph, file)
+            with self._engine(file) as engine:
+                return infer_all(engine, pixels, self.job.preprocess, "maps")[0]
 
     def _choose_int8(self, fp32: Measured) -> tuple[Measured, Calibration, Gate]:
         """The first setting that passes the gate."""
-        images: Literal["labelled", "drawn"] = "labelled" if self.defects_are_labelled else "drawn"
+        images: Literal["labelled", "drawn"] = "labelled" if self.has_labels else "drawn"
         gate = Gate(self.wish.limits, images, fp32.accuracy, fp32.false_rejects, [])
         for setting in settings(self.wish.setting, lambda: list(self.sensitivity)):
             print(f"int8: {name_of(setting)}", flush=True)
-            measured = self._measured(self.graphs.int8(setting))
+            try:
+                measured = self._measured(self.graphs.int8(setting))
+            except (EngineError, InputError, TrainingError) as error:
+                # a worse setting may give scores that are not finite or all the same; another one need not
+                warn(f"int8 {name_of(setting)} cannot be used ({error})")
+                continue
             gate.attempts.append(compare(setting, measured, fp32, self.wish.limits))
             if gate.attempts[-1].passed:
                 print(table(gate), flush=True)
@@ -185,7 +192,7 @@ class Assembly:
             return measure(
                 engine,
                 self.held_out.pixels,
-                self.defects,
+                self.labelled,
                 self.job.preprocess,
                 self.wish.threshold,
                 self.wish.false_reject_rate,
@@ -207,10 +214,10 @@ class Assembly:
     def _warn_of_outliers(self, fp32: Measured) -> None:
         """Defects among the good parts: the ranges and the student learn them, and the threshold follows them."""
         training, _ = split(len(self.material.normals.paths), self.job.recipe)
-        calibrated_on = self.material.normals.subset(training[: self.wish.calibration_images])
+        trained_on = self.material.normals.subset(training)
         with self._engine(self.folder / OPENVINO.main) as engine:
-            _, scores = infer_all(engine, calibrated_on.pixels, self.job.preprocess, "calibration images")
-        for use, images, of in (("calibration", calibrated_on, scores), ("held-out", self.held_out, fp32.scores)):
+            _, scores = infer_all(engine, trained_on.pixels, self.job.preprocess, "training images")
+        for use, images, of in (("training", trained_on, scores), ("held-out", self.held_out, fp32.scores)):
             found = [str(images.paths[index]) for index in outliers(of)]
             if found:
                 more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
@@ -241,14 +248,14 @@ class Assembly:
                 len(held_out),
                 material.normals.photo_size,
                 [path.name for path in material.normals.unreadable],
-                material.images_sha256,
+                [digest[:16] for digest in material.photos_sha256],
                 _settings(job.recipe, trained),
                 material.best_epoch,
             ),
             calibration=calibration,
             threshold=chosen.threshold,
             threshold_changes=[],
-            accuracy=chosen.accuracy if self.defects_are_labelled else None,
+            accuracy=chosen.accuracy if self.has_labels else None,
             gate=gate,
             versions=_versions(),
             files={},

@@ -8,7 +8,6 @@ import torch
 
 from stpm.build.assemble import Wish, build_bundle, check_out
 from stpm.build.compile import BACKENDS, check_backend
-from stpm.build.distil import FineTuning
 from stpm.build.methods import METHODS
 from stpm.build.pipeline import Job, prepare
 from stpm.build.steps import Steps, default_work
@@ -42,37 +41,38 @@ def build_main(arguments: list[str] | None = None) -> int:
     _add_training(options)
     add("--student", type=Path, metavar="PATH", help="use this trained student (.npz, .pth, .safetensors)")
     add("--backend", choices=BACKENDS, default="auto", help="what to compile for (default: auto)")
+    wish = Wish()
     add(
         "--quantize",
         choices=("ptq", "qad"),
-        default="qad",
+        default=wish.setting.quantize,
         help="int8 by post-training quantisation alone, or with the student fine-tuned against the quantised teacher "
-        "(default: qad)",
+        f"(default: {wish.setting.quantize})",
     )
     add(
         "--observer",
         choices=tuple(OBSERVERS),
-        default="mse",
-        help="how int8 finds activation ranges (default: mse)",
+        default=wish.setting.observer,
+        help=f"how int8 finds activation ranges (default: {wish.setting.observer})",
     )
     add(
         "--qad-epochs",
         type=count,
-        default=FineTuning().epochs,
+        default=wish.fine_tuning_epochs,
         metavar="N",
-        help=f"epochs of that fine-tuning (default: {FineTuning().epochs})",
+        help=f"epochs of that fine-tuning (default: {wish.fine_tuning_epochs})",
     )
     add(
         "--calibration-images",
         type=count,
-        default=128,
+        default=wish.calibration_images,
         metavar="N",
-        help="training images that int8 is calibrated on (default: 128)",
+        help=f"training images that int8 is calibrated on (default: {wish.calibration_images})",
     )
     add(
         "--max-drop",
         type=_limits,
-        default=Limits(),
+        default=wish.limits,
         metavar="IMAGE,PIXEL,PRO",
         help="how much image AUROC, pixel AUROC and AUPRO an int8 engine may lose against FP32 before other settings "
         "are tried and in the end none is written (default: 0.005,0.003,0.01)",
@@ -80,7 +80,7 @@ def build_main(arguments: list[str] | None = None) -> int:
     add(
         "--threshold",
         type=threshold_rule,
-        default="tail",
+        default=wish.threshold,
         metavar="tail|quantile|SCORE",
         help="from the held-out normals by a fit of the tail of their scores, by their order alone, or by hand "
         "(default: tail)",
@@ -88,7 +88,7 @@ def build_main(arguments: list[str] | None = None) -> int:
     add(
         "--false-reject-rate",
         type=share,
-        default=0.01,
+        default=wish.false_reject_rate,
         metavar="R",
         help="share of good parts that the threshold may reject (default: 0.01)",
     )

@@ -25,6 +25,10 @@ class FineTuning(Recipe, frozen=True, forbid_unknown_fields=True):
     learning_rate: float = 3e-5
     weight_decay: float = 0.0
 
+    @property
+    def remedy(self) -> str:
+        return "build with --quantize ptq"
+
     def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adam(network.parameters(), self.learning_rate, (self.momentum, 0.999))
 
@@ -37,12 +41,13 @@ def distil(
     preprocess: Preprocess,
     recipe: FineTuning,
     folder: Path,
-) -> onnx.ModelProto:
-    """The float `graph` with a student fine-tuned for the ranges in `quantised`; quantise it again with the same.
+) -> tuple[onnx.ModelProto, int]:
+    """The float `graph` with a student fine-tuned for the ranges in `quantised`, to be quantised again with the same;
+    and the best epoch.
 
     pixels: uint8 N×H×W×3 normals, split as in training. `folder` keeps the checkpoint of a stopped run.
     """
     teacher = FakeQuantNetwork(quantised, "/teacher/").requires_grad_(False)
     student = FakeQuantNetwork(quantised, "/student/")
-    train(method, teacher, student, pixels, preprocess, recipe, folder)
-    return student.into(graph)
+    trained = train(method, teacher, student, pixels, preprocess, recipe, folder)
+    return student.into(graph), trained.best_epoch

@@ -23,7 +23,8 @@ class FakeQuantNetwork(nn.Module):
     """float32 N×3×H×W → one N×C×h×w per tap, in the order in which the head reads them.
 
     `network` is the prefix of its nodes ("/student/"). Weights and biases of its convolutions are parameters; their
-    scales follow the weights, the scales of the activations stay those of the graph.
+    scales follow the weights, the scales of the activations stay those of the graph. What is not quantised in the
+    graph is not quantised here.
     """
 
     def __init__(self, quantised: onnx.ModelProto, network: str) -> None:
@@ -68,8 +69,10 @@ class FakeQuantNetwork(nn.Module):
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.op_type == "Conv":
             key = _key(node)
-            weight = constants[producer[producer[names[1]].input[0]].input[0]]
-            self.weights[key] = nn.Parameter(torch.from_numpy(weight.copy()))
+            quantised = names[1] in producer
+            weight = producer[producer[names[1]].input[0]].input[0] if quantised else names[1]
+            rounded = _fake_quant_weight if quantised else nn.Identity()
+            self.weights[key] = nn.Parameter(torch.from_numpy(constants[weight].copy()))
             self.biases[key] = nn.Parameter(torch.from_numpy(constants[names[2]].copy()))
             options = {
                 "stride": attributes["strides"],
@@ -77,9 +80,7 @@ class FakeQuantNetwork(nn.Module):
                 "dilation": attributes.get("dilations", [1, 1]),
                 "groups": attributes.get("group", 1),
             }
-            return lambda values: F.conv2d(
-                values[names[0]], _fake_quant_weight(self.weights[key]), self.biases[key], **options
-            )
+            return lambda values: F.conv2d(values[names[0]], rounded(self.weights[key]), self.biases[key], **options)
         if node.op_type == "MaxPool":
             kernel, stride, padding = attributes["kernel_shape"], attributes["strides"], _padding(node, attributes)
             return lambda values: F.max_pool2d(values[names[0]], kernel, stride, padding)

@@ -18,11 +18,13 @@ from stpm.build.pyramid import Pyramid, weights_hash
 from stpm.build.steps import STEP_VERSION, Inputs, Steps
 from stpm.build.train import split
 from stpm.calibration.fp16 import to_fp16
-from stpm.calibration.qdq import activations, quantise
+from stpm.calibration.qdq import activations, fused_with, quantise
 from stpm.calibration.ranges import OBSERVERS, collect
+from stpm.calibration.sensitivity import sensitivity
 from stpm.edge.bundle import file_hash
 from stpm.edge.manifest import Calibration, Setting
 from stpm.edge.preprocess import Image, Preprocess
+from stpm.edge.score import Array
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,26 @@ class Graphs:
             check_parity(model, graph, spec.normalise(self.pixels[0]))
             onnx.save(graph, folder / "graph.onnx")
 
-        return self._graph("graph", {}, produce)
+        return onnx.load(self.steps.run("graph", self._inputs({}), produce) / "graph.onnx")
 
     def fp16(self) -> onnx.ModelProto:
         return to_fp16(self.fp32)
 
     def int8(self, setting: Setting) -> onnx.ModelProto:
-        ranges = self.ranges(setting.observer)
-        graph = self._distilled(setting.observer) if setting.quantize == "qad" else self.fp32
-        quantised = quantise(graph, ranges, in_float=setting.fp16_layers)
-        return to_fp16(quantised, setting.fp16_layers) if setting.fp16_layers else quantised
+        graph = onnx.load(self._distilled(setting) / "graph.onnx") if setting.quantize == "qad" else self.fp32
+        return self._quantised(graph, setting)
 
     def calibration(self, setting: Setting) -> Calibration:
-        return Calibration(
-            setting,
-            len(self._calibration_pixels()),
-            file_hash(self._ranges_file),
-            msgspec.structs.asdict(self.fine_tuning) if setting.quantize == "qad" else None,
-        )
+        fine_tuning = None
+        if setting.quantize == "qad":
+            best_epoch = msgspec.json.decode((self._distilled(setting) / "training.json").read_bytes(), type=int)
+            fine_tuning = msgspec.structs.asdict(self.fine_tuning) | {"best_epoch": best_epoch}
+        pixels = self._calibration_pixels
+        return Calibration(setting, len(pixels), _hash(pixels), file_hash(self._ranges_file), fine_tuning)
+
+    def _quantised(self, graph: onnx.ModelProto, setting: Setting) -> onnx.ModelProto:
+        quantised = quantise(graph, self.ranges(setting.observer), in_float=setting.fp16_layers)
+        return to_fp16(quantised, fused_with(graph, setting.fp16_layers)) if setting.fp16_layers else quantised
 
     def ranges(self, observer: str) -> dict[str, float]:
         """The largest magnitude that int8 shall represent, for every quantised activation."""
@@ -74,10 +78,11 @@ class Graphs:
     @cached_property
     def _ranges_file(self) -> Path:
         def produce(folder: Path) -> None:
-            pixels = self._calibration_pixels()
             batches = (
                 self.preprocess.normalise(image)
-                for image in tqdm(pixels, desc="calibrating", unit="image", disable=None, leave=False)
+                for image in tqdm(
+                    self._calibration_pixels, desc="calibrating", unit="image", disable=None, leave=False
+                )
             )
             histograms = collect(self.fp32, activations(self.fp32), batches)
             ranges = {
@@ -88,23 +93,45 @@ class Graphs:
 
         return self.steps.run("ranges", self._inputs(self._calibrated_on()), produce) / "ranges.json"
 
-    def _distilled(self, observer: str) -> onnx.ModelProto:
+    def sensitivity(
+        self, observer: str, pixels: Image, maps_of: Callable[[onnx.ModelProto, Image], Array]
+    ) -> dict[str, float]:
+        """How far each layer's rounding moves the maps of these images, most sensitive first; before distillation."""
+
+        def produce(folder: Path) -> None:
+            found = sensitivity(self.fp32, self.ranges(observer), lambda graph: maps_of(graph, pixels))
+            (folder / "sensitivity.json").write_bytes(msgspec.json.encode(found))
+
+        inputs = self._calibrated_on() | {"observer": observer, "pixels": _hash(pixels)}
+        folder = self.steps.run("sensitivity", self._inputs(inputs), produce)
+        return msgspec.json.decode((folder / "sensitivity.json").read_bytes(), type=dict[str, float])
+
+    def _distilled(self, setting: Setting) -> Path:
+        """A folder with the float graph of the fine-tuned student, graph.onnx, and its best epoch, training.json."""
+
         def produce(folder: Path) -> None:
             print("distilling: the student learns to round like the quantised teacher", flush=True)
-            method, quantised = METHODS[self.method], quantise(self.fp32, self.ranges(observer))
-            tuned = distil(method, self.fp32, quantised, self.pixels, self.preprocess, self.fine_tuning, folder)
-            onnx.save(tuned, folder / "graph.onnx")
+            method = METHODS[self.method]
+            quantised = quantise(self.fp32, self.ranges(setting.observer), in_float=setting.fp16_layers)
+            graph, best_epoch = distil(
+                method, self.fp32, quantised, self.pixels, self.preprocess, self.fine_tuning, folder
+            )
+            onnx.save(graph, folder / "graph.onnx")
+            (folder / "training.json").write_bytes(msgspec.json.encode(best_epoch))
             (folder / "checkpoint.pth").unlink(missing_ok=True)
 
-        inputs = self._calibrated_on() | {"observer": observer, "pixels": _hash(self.pixels)}
-        return self._graph("distilled", inputs | msgspec.structs.asdict(self.fine_tuning), produce)
+        inputs = self._calibrated_on() | {"observer": setting.observer, "fp16_layers": setting.fp16_layers}
+        inputs |= {"pixels": _hash(self.pixels), **msgspec.structs.asdict(self.fine_tuning)}
+        return self.steps.run("distilled", self._inputs(inputs), produce)
 
+    @cached_property
     def _calibration_pixels(self) -> Image:
+        """Spread over the training images: files next to each other are often of one lot."""
         training, _ = split(len(self.pixels), self.fine_tuning)
-        return self.pixels[training[: self.calibration_images]]
+        return self.pixels[spread(training, self.calibration_images)]
 
     def _calibrated_on(self) -> Inputs:
-        return {"calibration": _hash(self._calibration_pixels())}
+        return {"calibration": _hash(self._calibration_pixels)}
 
     def _inputs(self, more: Inputs) -> Inputs:
         return {
@@ -116,8 +143,10 @@ class Graphs:
             **more,
         }
 
-    def _graph(self, name: str, more: Inputs, produce: Callable[[Path], None]) -> onnx.ModelProto:
-        return onnx.load(self.steps.run(name, self._inputs(more), produce) / "graph.onnx")
+
+def spread(indices: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the indices, at equal distances."""
+    return indices[np.unique(np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int))]
 
 
 def _hash(pixels: np.ndarray) -> str:

@@ -11,6 +11,7 @@ from stpm.build.steps import STEP_VERSION, Inputs, Steps
 from stpm.build.train import Recipe, train
 from stpm.build.weights import load_into, load_teacher, read_weights, write_weights
 from stpm.calibration.dataset import Dataset, Images, find_dataset, images_hash, load_normals
+from stpm.edge.bundle import file_hash
 from stpm.edge.command import warn
 from stpm.edge.preprocess import Preprocess
 
@@ -41,7 +42,7 @@ class Material:
 
     dataset: Dataset
     normals: Images
-    images_sha256: str
+    photos_sha256: list[str]
     teacher: Pyramid
     student: Pyramid
     best_epoch: int | None
@@ -53,7 +54,7 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
     teacher = load_teacher(job.teacher, method.taps)
     dataset = find_dataset(job.data, job.category)
     normals = load_normals(dataset, job.preprocess)
-    images_sha256 = images_hash(normals.paths, job.preprocess)
+    photos_sha256 = [file_hash(path) for path in normals.paths]
     print(
         f"{job.category}: {len(normals.paths)} good parts, {len(normals.unreadable)} unreadable, "
         f"{len(dataset.labelled)} labelled test images",
@@ -68,13 +69,13 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
             "was trained on them"
         )
     else:
-        folder = _train_step(job, teacher, normals, images_sha256)
+        folder = _train_step(job, teacher, normals, photos_sha256)
         load_into(student, read_weights(folder / "student.npz"), "the finished training")
         best_epoch = msgspec.json.decode((folder / "training.json").read_bytes(), type=StudentFile).best_epoch
-    return Material(dataset, normals, images_sha256, teacher, student.eval().requires_grad_(False), best_epoch)
+    return Material(dataset, normals, photos_sha256, teacher, student.eval().requires_grad_(False), best_epoch)
 
 
-def _train_step(job: Job, teacher: Pyramid, normals: Images, images_sha256: str) -> Path:
+def _train_step(job: Job, teacher: Pyramid, normals: Images, photos_sha256: list[str]) -> Path:
     def produce(folder: Path) -> None:
         student = METHODS[job.method].new_student(job.recipe.seed)
         trained = train(METHODS[job.method], teacher, student, normals.pixels, job.preprocess, job.recipe, folder)
@@ -87,7 +88,7 @@ def _train_step(job: Job, teacher: Pyramid, normals: Images, images_sha256: str)
         "version": STEP_VERSION,
         "method": job.method,
         "teacher": weights_hash(teacher.state_dict()),
-        "images": images_sha256,
+        "images": images_hash(photos_sha256, job.preprocess),
         **msgspec.structs.asdict(job.recipe),
     }
     return job.steps.run("train", inputs, produce)

@@ -10,14 +10,13 @@ LAYERS_IN_FP16 = (1, 2, 4, 8)
 
 
 def settings(first: Setting, most_sensitive: Callable[[], list[str]]) -> Iterator[Setting]:
-    """The asked one; the other observers; distillation, if it was not asked for; then more and more of the most
-    sensitive layers in FP16. `most_sensitive` is called when it comes to that: finding out takes time."""
+    """The asked one; the other observers; with distillation if it was without, or the other way; then more and more of
+    the most sensitive layers in FP16. `most_sensitive` is called when it comes to that: finding out takes time."""
     yield first
     for observer in OBSERVERS:
         if observer != first.observer:
             yield Setting(first.quantize, observer)
-    if first.quantize == "ptq":
-        yield Setting("qad", first.observer)
+    yield Setting("ptq" if first.quantize == "qad" else "qad", first.observer)
     layers = most_sensitive()
     for count in LAYERS_IN_FP16:
         yield Setting("qad", first.observer, layers[:count])

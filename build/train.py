@@ -36,6 +36,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     held_out: float = 0.2  # share of the normals kept for validation and for the threshold
     seed: int = 0
 
+    @property
+    def remedy(self) -> str:
+        """What to do when the loss is not finite."""
+        return "train with a lower --learning-rate"
+
     def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(network.parameters(), self.learning_rate, self.momentum, weight_decay=self.weight_decay)
 
@@ -58,7 +63,7 @@ def split(count: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-class Images:
+class TrainingSet:
     """Preprocessed batches and the method's targets for a set of uint8 images, the targets cached if they fit."""
 
     def __init__(self, pixels: Image, preprocess: Preprocess, method: Method, teacher: nn.Module, title: str) -> None:
@@ -105,8 +110,8 @@ def train(
     """
     teacher = channels_last(teacher)
     training, held_out = split(len(pixels), recipe)
-    train_set = Images(pixels[training], preprocess, method, teacher, "teacher, training images")
-    validation_set = Images(pixels[held_out], preprocess, method, teacher, "teacher, held-out images")
+    train_set = TrainingSet(pixels[training], preprocess, method, teacher, "teacher, training images")
+    validation_set = TrainingSet(pixels[held_out], preprocess, method, teacher, "teacher, held-out images")
     student = channels_last(student)
     optimiser = recipe.optimiser(student)
     checkpoint = folder / "checkpoint.pth"
@@ -160,7 +165,12 @@ def _time_left(started: float, done: int, left: int) -> str:
 
 
 def _train_epoch(
-    method: Method, student: nn.Module, optimiser: torch.optim.Optimizer, images: Images, recipe: Recipe, number: int
+    method: Method,
+    student: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    images: TrainingSet,
+    recipe: Recipe,
+    number: int,
 ) -> float:
     student.train()
     # the order depends on seed and epoch alone, so a continued run takes the same steps
@@ -172,7 +182,7 @@ def _train_epoch(
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} in epoch {number + 1} at learning rate {recipe.learning_rate}: "
-                "train with a lower --learning-rate"
+                f"{recipe.remedy}"
             )
         optimiser.zero_grad()
         loss.backward()
@@ -182,7 +192,7 @@ def _train_epoch(
 
 
 @torch.inference_mode()
-def _validate(method: Method, student: nn.Module, images: Images, recipe: Recipe, size: int) -> float:
+def _validate(method: Method, student: nn.Module, images: TrainingSet, recipe: Recipe, size: int) -> float:
     student.eval()
     values = []
     for start in range(0, len(images), recipe.batch):

@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from stpm.edge.bundle import file_hash
 from stpm.edge.errors import InputError, RegionError
 from stpm.edge.images import list_images, read_image
 from stpm.edge.preprocess import Image, Preprocess
@@ -141,12 +140,9 @@ def load_images(paths: list[Path], preprocess: Preprocess, title: str) -> Images
     return Images(kept, np.stack(pixels), unreadable, usual)
 
 
-def images_hash(paths: list[Path], preprocess: Preprocess) -> str:
-    """sha256 over the preprocessing and the content of the files, in this order."""
-    digest = hashlib.sha256(msgspec.json.encode(preprocess))
-    for path in paths:
-        digest.update(file_hash(path).encode())
-    return digest.hexdigest()
+def images_hash(photos_sha256: list[str], preprocess: Preprocess) -> str:
+    """sha256 over the preprocessing and the hashes of the files, in this order."""
+    return hashlib.sha256(msgspec.json.encode(preprocess) + "".join(photos_sha256).encode()).hexdigest()
 
 
 def load_normals(dataset: Dataset, preprocess: Preprocess) -> Images:

@@ -46,6 +46,23 @@ def convolutions(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type == "Conv" and not in_head(node)]
 
 
+def fused_with(model: onnx.ModelProto, layers: Collection[str]) -> set[str]:
+    """These convolutions and what an engine computes together with each: its ReLU, or its residual Add and ReLU."""
+    producer = {output: node for node in model.graph.node for output in node.output}
+    kernels = {tensor.name: tuple(tensor.dims[2:]) for tensor in model.graph.initializer}
+    found = set(layers)
+    for node in model.graph.node:
+        if in_head(node):
+            continue
+        if node.op_type == "Add":
+            main = producer[node.input[1 - _shortcut(node, producer, kernels)]]
+            if main.name in found:
+                found.add(node.name)
+        if node.op_type == "Relu" and producer[node.input[0]].name in found:
+            found.add(node.name)
+    return found
+
+
 def placement(model: onnx.ModelProto, in_float: Collection[str] = ()) -> list[Use]:
     """Every activation input that gets quantised, in graph order, without those of the convolutions `in_float`.
 

@@ -55,7 +55,7 @@ def percentile(histogram: Histogram, share: float = 0.9999) -> float:
 
 
 def mse(histogram: Histogram) -> float:
-    """The range that makes the mean squared error of 8-bit rounding and clipping smallest."""
+    """The range, from a fifth of the maximum on, whose 8-bit rounding and clipping has the smallest mean square."""
     centres = (np.arange(BINS) + 0.5) * histogram.limit / BINS
     candidates = histogram.largest * np.linspace(0.2, 1, 161)
     errors = []

@@ -33,7 +33,13 @@ def fit(scores: Array, rule: str | float, false_reject_rate: float) -> Threshold
     values = np.asarray(scores, np.float64)
     if isinstance(rule, float):
         return manual(rule, values)
-    return {"tail": tail, "quantile": quantile}[rule](values, false_reject_rate)
+    found = {"tail": tail, "quantile": quantile}[rule](values, false_reject_rate)
+    if not (math.isfinite(found.value) and found.value > 0):
+        raise InputError(
+            f"wanted scores of normals that a threshold can lie above, found a threshold of {found.value}: check that "
+            "the images differ from each other, and the student's training"
+        )
+    return found
 
 
 def tail(scores: np.ndarray, false_reject_rate: float) -> Threshold:

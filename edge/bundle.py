@@ -52,6 +52,8 @@ def open_bundle(path: Path) -> Bundle:
     content = file.read_bytes()
     manifest = manifests.decode(content, str(file))
     present = {str(entry.relative_to(path)) for entry in path.rglob("*") if entry.is_file()} - {MANIFEST}
+    # a new manifest on its way, or what a power cut left of it
+    present = {name for name in present if not name.startswith(f".{MANIFEST}.partial-")}
     expected = set(manifest.files)
     if present != expected:
         difference = ", ".join(sorted(present ^ expected))

@@ -23,7 +23,7 @@ class EngineFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
-    sha256: str  # over the tensors, not the file: see build/pyramid.py
+    sha256: str  # over the tensors, not the file, before folding and fine-tuning: see build/pyramid.py
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,7 +31,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     held_out: int
     photo_size: tuple[int, int]  # width and height of the photos in pixels
     unreadable: list[str]
-    images_sha256: str
+    photos: list[str]  # the first 16 digits of the sha256 of every photo, trained on or held out
     settings: dict[str, int | float]
     best_epoch: int | None  # None when the student was given
 
@@ -47,8 +47,9 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     setting: Setting
     images: int
+    images_sha256: str  # over their preprocessed pixels
     ranges_sha256: str
-    fine_tuning: dict[str, int | float] | None  # of the student, with quantize "qad"
+    fine_tuning: dict[str, int | float] | None  # of the student, with quantize "qad"; and its best epoch
 
 
 class Threshold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,8 +96,8 @@ class Attempt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     map_correlation: float  # of the two anomaly maps of a held-out normal, mean
     score_correlation: float  # over all held-out normals
     score_ratio: float  # int8 score / FP32 score of a held-out normal, median
-    false_rejects: float  # share of the held-out normals above this engine's own threshold
-    false_rejects_at_fp32: float  # the same, with the threshold of the FP32 engine
+    false_rejects: float  # share of the held-out normals above a threshold from the other half of them
+    false_rejects_at_fp32: float  # share of them above the threshold of the FP32 engine
     passed: bool
 
 

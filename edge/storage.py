@@ -68,13 +68,17 @@ def _clear_after_killed(target: Path) -> None:
 
 
 def write_file(target: Path, content: bytes) -> None:
-    """Replace one file at once: temporary file, fsync, rename."""
+    """Replace one file at once: temporary file, fsync, rename. What a process that was killed left of it goes."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     with storage_errors(target):
+        for left in target.parent.glob(f".{target.name}.partial-*"):
+            if not Path("/proc", left.name.rpartition("-")[2]).exists():
+                left.unlink()
         try:
             partial.write_bytes(content)
             _flush(partial)
             os.replace(partial, target)
+            _flush(target.parent)
         finally:
             partial.unlink(missing_ok=True)
 

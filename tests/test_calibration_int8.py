@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from stpm.calibration.fp16 import to_fp16
-from stpm.calibration.qdq import activations, convolutions, describe, in_head, placement, quantise
+from stpm.calibration.qdq import activations, convolutions, describe, fused_with, in_head, placement, quantise
 from stpm.calibration.ranges import BINS, OBSERVERS, Histogram, collect, entropy, minmax, mse, percentile
 from stpm.calibration.sensitivity import sensitivity
 from stpm.edge.errors import InputError
@@ -225,24 +225,33 @@ def test_a_layer_left_in_float_keeps_its_weights_and_frees_its_shortcut(graphs):
 
 def test_a_layer_in_fp16_inside_an_int8_graph(graphs, bundles):
     model = graphs["fp32"]
-    layers = ["/teacher/conv1/Conv", "/student/layer2/layer2.0/conv1/Conv"]
+    layers = ["/teacher/conv1/Conv", "/student/layer2/layer2.0/conv2/Conv"]
+    half = fused_with(model, layers)
+    assert half == {
+        *layers,
+        "/teacher/relu/Relu",
+        "/student/layer2/layer2.0/Add",
+        "/student/layer2/layer2.0/relu_1/Relu",
+    }
     manifest = bundles["fp32"].manifest
     tensor = manifest.preprocess(bundles["fp32"].golden().frames[2])
     ranges = {name: minmax(found) for name, found in collect(model, activations(model), [tensor]).items()}
-    mixed = to_fp16(quantise(model, ranges, in_float=layers), layers)
-    values = {tensor.name: tensor.data_type for tensor in mixed.graph.initializer}
+    mixed = to_fp16(quantise(model, ranges, in_float=layers), half)
+    kinds = {tensor.name: tensor.data_type for tensor in mixed.graph.initializer}
     for node in mixed.graph.node:
-        if node.op_type == "Conv" and not in_head(node):
+        if node.op_type == "Conv":
             kind = TensorProto.FLOAT16 if node.name in layers else TensorProto.FLOAT
-            assert values.get(node.input[1], TensorProto.FLOAT) == kind
-    assert sum(node.op_type == "Cast" for node in mixed.graph.node) == 2 * len(layers)
+            assert kinds.get(node.input[1], TensorProto.FLOAT) == kind
+    producer = {output: node for node in mixed.graph.node for output in node.output}
+    for node in mixed.graph.node:
+        if node.name in half and node.op_type in ("Relu", "Add"):  # nothing between a convolution and its ReLU
+            assert any(producer[name].name in half for name in node.input)
+    # image and ReLU of the first layer; input, shortcut and result of the block
+    assert sum(node.op_type == "Cast" for node in mixed.graph.node) == 2 + 3
     wanted = run(model, tensor)
     # the first convolution of the teacher is the most sensitive layer: without its rounding the map is nearer
-    distance = {
-        name: np.abs(run(graph, tensor) - wanted).mean()
-        for name, graph in (("mixed", mixed), ("int8", quantise(model, ranges)))
-    }
-    assert distance["mixed"] < distance["int8"]
+    pure = quantise(model, ranges)
+    assert np.abs(run(mixed, tensor) - wanted).mean() < np.abs(run(pure, tensor) - wanted).mean()
 
 
 def test_a_calibration_set_that_is_empty_or_of_another_size(graphs):

@@ -43,8 +43,8 @@ def test_the_blocker_blocks():
     assert "blocked: numpy" in import_all(["stpm.edge"], ("numpy",)).stderr
 
 
-def test_evaluation_and_benchmark_need_no_torch():
-    modules = "import stpm.tools.evaluate, stpm.tools.bench, stpm.tools.plc_sim"
+def test_evaluation_tuning_and_benchmark_need_no_torch():
+    modules = "import stpm.tools.evaluate, stpm.tools.tune, stpm.tools.bench, stpm.tools.plc_sim"
     code = BLOCKER.format(packages=[], blocked=OFFICE, left_out=()) + modules
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert result.returncode == 0, result.stderr
@@ -101,6 +101,7 @@ def test_commands_of_the_readme_exist_with_their_options():
         "stpm-build": "stpm.build.cli",
         "stpm-run": "stpm.edge.cli",
         "stpm-eval": "stpm.tools.evaluate",
+        "stpm-tune": "stpm.tools.tune",
         "python": "stpm.tools.bench",
     }
     for line in commands:

@@ -1,16 +1,20 @@
 """stpm-tune: a new threshold on the edge box, with a record of who changed what."""
 
 import json
+import os
 import shutil
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 
 from stpm.calibration.thresholds import quantile
-from stpm.edge.bundle import MANIFEST, open_bundle
+from stpm.edge.bundle import MANIFEST, file_hash, open_bundle
+from stpm.edge.cli import main as run_main
 from stpm.edge.engine import open_engine
 from stpm.edge.images import list_images, read_image
+from stpm.edge.manifest import encode
 from stpm.tools import tune
 from stpm.tools.parts import draw_part
 
@@ -71,10 +75,8 @@ def test_a_dry_run_shows_and_changes_nothing(copy, photos, capsys):
 
 
 def test_stpm_run_judges_with_the_new_threshold_and_says_so(copy, parts, capsys):
-    from stpm.edge.cli import main
-
     assert tune.main(["--bundle", str(copy), "--threshold", "1e-9", "--reason", "trial", "--by", "bo"]) == 0
-    assert main(["--bundle", str(copy), "--camera", str(parts / "bushing" / "test"), "--plc", "none"]) == 0
+    assert run_main(["--bundle", str(copy), "--camera", str(parts / "bushing" / "test"), "--plc", "none"]) == 0
     printed = capsys.readouterr().out
     assert "FAIL 8" in printed
     assert "by bo" in printed
@@ -90,8 +92,12 @@ def refused(copy, photos, more, code, capsys):
     return error
 
 
-def test_the_photos_of_the_training_are_refused(copy, parts, capsys):
-    assert "trained on" in refused(copy, parts / "bushing" / "train" / "good", "", 3, capsys)
+def test_one_photo_of_the_training_is_enough_to_refuse(copy, parts, photos, tmp_path, capsys):
+    mixed = shutil.copytree(photos, tmp_path / "mixed")
+    shutil.copy(parts / "bushing" / "train" / "good" / "003.png", mixed / "new-name.png")
+    error = refused(copy, mixed, "", 3, capsys)
+    assert "found 1 of 25 that this bundle was trained on" in error
+    assert "new-name.png" in error
 
 
 def test_photos_of_another_size_are_refused(copy, photos, tmp_path, capsys):
@@ -101,7 +107,8 @@ def test_photos_of_another_size_are_refused(copy, photos, tmp_path, capsys):
         cv2.imwrite(str(other / path.name), cv2.resize(read_image(path), (64, 48)))
     error = refused(copy, other, "", 3, capsys)
     assert "found 64×48" in error
-    assert "wanted photos of 320×320" in error or "wanted photos of" in error
+    height, width = read_image(list_images(photos)[0]).shape[:2]
+    assert f"wanted photos of {width}×{height}" in error
 
 
 def test_too_few_photos_and_no_folder(copy, photos, tmp_path, capsys):
@@ -130,19 +137,13 @@ def test_scripted_scores_are_no_scores(copy, photos, capsys):
 
 
 def test_a_box_whose_engine_disagrees_cannot_tune(copy, photos, capsys):
-    from stpm.edge import manifest as manifests
-
     manifest = open_bundle(copy).manifest
-    import msgspec
-
     golden = np.load(copy / "golden.npz")
     np.savez_compressed(
         copy / "golden.npz", frames=golden["frames"], maps=golden["maps"] * 2, scores=golden["scores"] * 2
     )
-    from stpm.edge.bundle import file_hash
-
     files = manifest.files | {"golden.npz": file_hash(copy / "golden.npz")}
-    (copy / MANIFEST).write_bytes(manifests.encode(msgspec.structs.replace(manifest, files=files)))
+    (copy / MANIFEST).write_bytes(encode(msgspec.structs.replace(manifest, files=files)))
     assert "self test" in refused(copy, photos, "", 5, capsys)
 
 
@@ -181,3 +182,20 @@ def test_the_record_reads_well_in_the_file(copy):
     record = json.loads((copy / MANIFEST).read_text())["threshold_changes"][0]
     assert record["reason"] == "für die Nachtschicht"
     assert list(record) == ["at", "by", "before", "after", "images_sha256", "reason"]
+
+
+def test_a_user_without_a_name_is_a_number(copy, monkeypatch):
+    def nameless():
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr(tune.getpass, "getuser", nameless)
+    assert tune.main(["--bundle", str(copy), "--threshold", "0.5"]) == 0
+    assert open_bundle(copy).manifest.threshold_changes[0].by == f"user {os.getuid()}"
+
+
+def test_what_a_power_cut_left_does_not_stop_the_line_and_goes(copy):
+    left = copy / f".{MANIFEST}.partial-99999999"
+    left.write_text("half a mani")
+    open_bundle(copy)
+    assert tune.main(["--bundle", str(copy), "--threshold", "0.5"]) == 0
+    assert not left.exists()

@@ -1,7 +1,9 @@
 """stpm-tune: a new threshold for a bundle, on the edge box, from photos of good parts that its camera has taken."""
 
 import argparse
+import fcntl
 import getpass
+import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 from stpm.calibration.dataset import MINIMUM_NORMALS, Images, images_hash, load_images
 from stpm.calibration.evaluation import infer_all
 from stpm.calibration.thresholds import described, fit, outliers, threshold_rule, warning
-from stpm.edge.bundle import MANIFEST, Bundle, find_bundle, open_bundle
+from stpm.edge.bundle import MANIFEST, Bundle, file_hash, find_bundle, open_bundle
 from stpm.edge.cli import share
 from stpm.edge.command import parser, run_command, say, warn
 from stpm.edge.engine import BACKENDS, open_engine
@@ -63,15 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     bundle = open_bundle(options.bundle or find_bundle())
+    by = options.by or _user()
     before, scores, digest = bundle.manifest.threshold, np.zeros(0, np.float32), None
     if options.images is not None:
         images = _load(options.images, bundle.manifest)
-        digest = images_hash(images.paths, bundle.manifest.preprocess)
-        if digest == bundle.manifest.training.images_sha256:
-            raise InputError(
-                f"{options.images} holds the photos that this bundle was trained on, which score lower than new ones: "
-                "give photos of good parts that were taken since"
-            )
+        digest = images_hash(_new_photos(images, bundle.manifest), bundle.manifest.preprocess)
         scores = _scores(bundle, options.backend, images)
         _warn_of_outliers(images, scores)
     after = fit(scores, options.threshold, options.false_reject_rate)
@@ -84,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     change = ThresholdChange(
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        options.by or getpass.getuser(),
+        by,
         before,
         after,
         digest,
@@ -108,6 +106,19 @@ def _load(folder: Path, manifest: Manifest) -> Images:
             f"{width}×{height} in {folder}: set the camera to that size, or build the bundle again with such photos"
         )
     return images
+
+
+def _new_photos(images: Images, manifest: Manifest) -> list[str]:
+    """Their sha256; an InputError when the student was trained on some of them."""
+    hashes = [file_hash(path) for path in images.paths]
+    known = set(manifest.training.photos)
+    old = [path for path, digest in zip(images.paths, hashes, strict=True) if digest[:16] in known]
+    if old:
+        raise InputError(
+            f"wanted photos of good parts that were taken after the training, found {len(old)} of {len(hashes)} that "
+            f"this bundle was trained on (the first is {old[0]}): they score lower than new ones, so remove them"
+        )
+    return hashes
 
 
 def _scores(bundle: Bundle, backend: str, images: Images) -> Array:
@@ -139,14 +150,26 @@ def _show(bundle: Bundle, before: Threshold, after: Threshold, scores: Array) ->
 
 def _write(bundle: Bundle, change: ThresholdChange) -> None:
     """Replace the manifest at once. The engine does not change, so neither do the hashes of its files."""
-    if open_bundle(bundle.path).sha256 != bundle.sha256:
-        raise BundleError(f"{bundle.path} was changed by someone else meanwhile: run the command again")
     manifest = msgspec.structs.replace(
         bundle.manifest,
         threshold=change.after,
         threshold_changes=[*bundle.manifest.threshold_changes, change],
     )
-    write_file(bundle.path / MANIFEST, encode(manifest))
+    folder = os.open(bundle.path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # two changes at once: the second shall see the first
+        if open_bundle(bundle.path).sha256 != bundle.sha256:
+            raise BundleError(f"{bundle.path} was changed by someone else meanwhile: run the command again")
+        write_file(bundle.path / MANIFEST, encode(manifest))
+    finally:
+        os.close(folder)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container often runs under a number without a name
+        return f"user {os.getuid()}"
 
 
 if __name__ == "__main__":
