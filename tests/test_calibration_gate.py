@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from stpm.build import assemble
+from stpm.build import assemble, graphs
 from stpm.build.cli import build_main
 from stpm.build.graphs import spread
 from stpm.build.settings import settings
@@ -137,8 +137,18 @@ def failing(monkeypatch, verdict):
 def test_layers_stay_fp16_when_nothing_else_passes(parts, bundles, tmp_path, monkeypatch, capfd):
     tried = failing(monkeypatch, lambda setting: len(setting.fp16_layers) == 2)
     monkeypatch.setattr("stpm.build.settings.OBSERVERS", {"mse": None})
+    real, distilled_from = graphs.distil, []
+
+    def distil(method, graph, quantised, *arguments):
+        distilled_from.append(sum(node.op_type == "QuantizeLinear" for node in quantised.graph.node))
+        return real(method, graph, quantised, *arguments)
+
+    monkeypatch.setattr(graphs, "distil", distil)
     assert build_main(words(parts, bundles, tmp_path / "bundle", "--quantize ptq")) == 0
     assert [len(setting.fp16_layers) for setting in tried] == [0, 0, 1, 2]
+    # the one without such layers is there from the fixture; the others round less, and are distilled for that
+    assert len(distilled_from) == 2
+    assert distilled_from[1] < distilled_from[0]
     manifest = open_bundle(tmp_path / "bundle").manifest
     layers = manifest.calibration.setting.fp16_layers
     assert len(layers) == 2
@@ -148,6 +158,8 @@ def test_layers_stay_fp16_when_nothing_else_passes(parts, bundles, tmp_path, mon
     model = onnx.load(tmp_path / "bundle" / "int8.onnx")
     halves = {node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1].endswith("/fp16")}
     assert halves == set(layers)
+    casts = {node.input[0] for node in model.graph.node if node.op_type == "Cast"}
+    assert not casts & {output for node in model.graph.node if node.name in layers for output in node.output}
     report = (tmp_path / "bundle" / "report.html").read_text()
     assert all(layer in report for layer in layers)
     assert "qad mse, 2 FP16" in capfd.readouterr().out

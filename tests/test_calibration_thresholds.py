@@ -147,3 +147,8 @@ def test_the_rule_on_the_command_line(text, value):
 def test_a_rule_that_is_none(text):
     with pytest.raises(ArgumentTypeError, match="tail, quantile or a score above 0"):
         threshold_rule(text)
+
+
+def test_scores_without_a_spread_above_zero_are_refused():
+    with pytest.raises(InputError, match="threshold of 0"):
+        fit(np.zeros(12), "quantile", 0.01)
