@@ -10,13 +10,17 @@ LAYERS_IN_FP16 = (1, 2, 4, 8)
 
 
 def settings(first: Setting, most_sensitive: Callable[[], list[str]]) -> Iterator[Setting]:
-    """The asked one; the other observers; with distillation if it was without, or the other way; then more and more of
-    the most sensitive layers in FP16. `most_sensitive` is called when it comes to that: finding out takes time."""
+    """The asked one; post-training quantisation by every observer, which takes seconds; distillation, which takes
+    minutes; then more and more of the most sensitive layers in FP16, distilled against that teacher.
+
+    `most_sensitive` is called when it comes to that: finding out takes time.
+    """
     yield first
     for observer in OBSERVERS:
-        if observer != first.observer:
-            yield Setting(first.quantize, observer)
-    yield Setting("ptq" if first.quantize == "qad" else "qad", first.observer)
+        if Setting("ptq", observer) != first:
+            yield Setting("ptq", observer)
+    if first.quantize == "ptq":
+        yield Setting("qad", first.observer)
     layers = most_sensitive()
     for count in LAYERS_IN_FP16:
         yield Setting("qad", first.observer, layers[:count])

@@ -99,7 +99,7 @@ def test_settings_go_from_the_asked_one_to_layers_in_fp16():
     assert [setting.fp16_layers for setting in rest] == [layers[:1], layers[:2], layers[:4], layers[:8]]
     assert {setting.quantize for setting in rest} == {"qad"}
     of_qad = list(settings(QAD, most_sensitive))
-    assert [setting.quantize for setting in of_qad] == ["qad"] * 4 + ["ptq"] + ["qad"] * 4
+    assert [setting.quantize for setting in of_qad] == ["qad"] + ["ptq"] * 4 + ["qad"] * 4
     assert len({name_of(setting) for setting in of_qad}) == 9
 
 
