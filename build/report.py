@@ -130,19 +130,14 @@ def _histograms(axes: list[Axes], facts: Facts) -> None:
     every = np.concatenate([np.concatenate([m.scores, m.evaluation.scores]) for m in facts.engines.values()])
     bins = np.geomspace(max(every.min(), 1e-12), every.max() * 1.01, 50)
     for axis, (name, measured) in zip(axes, facts.engines.items(), strict=True):
-        defective = measured.evaluation.images.defective
-        groups = (
-            ("held-out normals", measured.scores, "#228833"),
-            ("good, labelled" if facts.labelled else "the same", measured.evaluation.scores[~defective], "#88ccaa"),
-            (
-                "defects" if facts.labelled else "with a drawn scratch",
-                measured.evaluation.scores[defective],
-                "#cc6677",
-            ),
-        )
+        of_labelled, defective = measured.evaluation.scores, measured.evaluation.images.defective
+        groups = [("held-out normals", measured.scores, "#228833")]
+        if facts.labelled:
+            groups += [("good", of_labelled[~defective], "#88ccaa"), ("defects", of_labelled[defective], "#cc6677")]
+        else:
+            groups.append(("with a drawn scratch", of_labelled[defective], "#cc6677"))
         for label, scores, colour in groups:
-            if len(scores):
-                axis.hist(scores, bins=list(bins), label=f"{label} ({len(scores)})", color=colour, alpha=0.6)
+            axis.hist(scores, bins=list(bins), label=f"{label} ({len(scores)})", color=colour, alpha=0.6)
         axis.axvline(measured.threshold.value, color="black", linewidth=1, label="threshold")
         axis.set_xscale("log")
         axis.set_ylabel(f"{name}: images")
