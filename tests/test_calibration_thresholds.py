@@ -152,3 +152,12 @@ def test_a_rule_that_is_none(text):
 def test_scores_without_a_spread_above_zero_are_refused():
     with pytest.raises(InputError, match="threshold of 0"):
         fit(np.zeros(12), "quantile", 0.01)
+
+
+def test_a_rare_rate_from_few_normals_stays_within_reason():
+    """One in a thousand from 64: without a belief about the shape the threshold is often six times the true one."""
+    random = np.random.default_rng(1)
+    values = [tail(random.exponential(1, 64), 0.001).value for _ in range(60)]
+    true = np.log(1000)
+    assert true < np.median(values) < 2 * true
+    assert np.quantile(values, 0.9) < 3.5 * true
