@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import onnx
 
-from stpm.build.compile import OPENVINO, compile_openvino
+from stpm.build.compile import OPENVINO, compiled_for_openvino
 from stpm.build.distil import FineTuning
 from stpm.build.golden import TOLERANCE, golden_frames
 from stpm.build.graphs import Graphs, spread
@@ -188,7 +188,7 @@ class Assembly:
 
     def _measured(self, graph: onnx.ModelProto) -> Measured:
         print("engine: compiling for OpenVINO, measuring", flush=True)
-        with self._compiled(graph) as engine:
+        with compiled_for_openvino(graph, self.folder / self._graph_name, self.job.preprocess) as engine:
             return measure(
                 engine,
                 self.held_out.pixels,
@@ -197,12 +197,6 @@ class Assembly:
                 self.wish.threshold,
                 self.wish.false_reject_rate,
             )
-
-    def _compiled(self, graph: onnx.ModelProto) -> OpenVinoEngine:
-        """The engine of this graph; its files replace those in the folder."""
-        onnx.save(graph, self.folder / self._graph_name)
-        compile_openvino(self.folder / self._graph_name, self.folder)
-        return self._engine(self.folder / OPENVINO.main)
 
     def _engine(self, file: Path) -> OpenVinoEngine:
         return OpenVinoEngine.of_file(file, self.job.preprocess.height, self.job.preprocess.width)

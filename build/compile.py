@@ -4,10 +4,13 @@ import errno
 import shutil
 from pathlib import Path
 
+import onnx
 import openvino
 
+from stpm.edge.engine.openvino import OpenVinoEngine
 from stpm.edge.errors import EngineError
 from stpm.edge.manifest import EngineFiles
+from stpm.edge.preprocess import Preprocess
 
 BACKENDS = ("auto", "openvino", "tensorrt")
 OPENVINO = EngineFiles("openvino.xml", "CPU")
@@ -20,6 +23,13 @@ def check_backend(asked: str) -> None:
             "this version cannot compile TensorRT engines yet: use --backend openvino (the graph in the bundle is "
             "written for TensorRT 8.5 and later, so `trtexec --onnx` can compile it by hand)"
         )
+
+
+def compiled_for_openvino(graph: onnx.ModelProto, file: Path, preprocess: Preprocess) -> OpenVinoEngine:
+    """The engine of a graph. The graph is saved as `file`, and the files of the engine beside it."""
+    onnx.save(graph, file)
+    compile_openvino(file, file.parent)
+    return OpenVinoEngine.of_file(file.parent / OPENVINO.main, preprocess.height, preprocess.width)
 
 
 def compile_openvino(graph: Path, folder: Path) -> None:

@@ -11,8 +11,8 @@ Rules (TensorRT 8.5 to 11 fuse INT8 convolutions only under all of them):
 The head stays float32: it divides by lengths and multiplies small differences.
 
 Written by hand because none of the libraries tried on this graph keeps to these rules: onnxruntime.quantization puts Q
-between a convolution and its ReLU, NNCF takes uint8 and stores weights as int8, and NVIDIA ModelOpt, the closest, needs
-opset 19 and has no half-range weights (figures: docs/int8.md).
+between a convolution and its ReLU, NNCF takes uint8 and stores weights as int8, and NVIDIA ModelOpt, the closest,
+needs opset 19 and has no half-range weights (figures: docs/int8.md).
 """
 
 from collections.abc import Collection, Mapping

@@ -21,7 +21,7 @@ def test_losses_are_paired_by_seed():
     assert "| INT8 | 0.0150 ± 0.0071 | 0.0000 ± 0.0000 | not defined | 3.00 ± 1.41 |" in text
 
 
-def test_every_way_is_measured(parts, tmp_path, capsys):
+def test_every_way_is_measured(parts, bundles, tmp_path, capsys):
     words = (
         f"--category bushing --data {parts} --teacher builtin --seeds 0 --epochs 1 --qad-epochs 1 --runs 3 "
         f"--work {tmp_path / 'work'}"

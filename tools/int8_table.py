@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 from stpm.build.assemble import Assembly, Wish
-from stpm.build.compile import OPENVINO, compile_openvino
+from stpm.build.compile import compiled_for_openvino
 from stpm.build.distil import distil
 from stpm.build.graphs import Graphs
 from stpm.build.methods import METHODS
@@ -100,10 +100,8 @@ def rows_of(job: Job, wish: Wish, runs: int) -> list[Row]:
         for name, graph in graphs_of(assembly.graphs, job.steps).items():
             place = folder / name.replace(" ", "-")
             place.mkdir()
-            onnx.save(graph, place / "graph.onnx")
-            compile_openvino(place / "graph.onnx", place)
-            engine = OpenVinoEngine.of_file(place / OPENVINO.main, spec.height, spec.width)
-            engines[name] = stack.enter_context(engine)
+            engine = stack.enter_context(compiled_for_openvino(graph, place / "graph.onnx", spec))
+            engines[name] = engine
             measured[name] = measure(engine, assembly.held_out.pixels, assembly.labelled, spec, "tail", 0.01)
         latencies = _latencies(engines, spec, assembly.held_out.pixels, runs)
     return [_row(name, job.recipe.seed, measured, latencies[name].percentiles()["inference"]) for name in measured]
