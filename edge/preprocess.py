@@ -29,7 +29,9 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def resize(self, image: Image) -> Image:
         """The region of interest as uint8 height×width×3 BGR: the picture that the networks see."""
-        region = self._crop(widen_grey(image))
+        image = widen_grey(image)
+        x, y, width, height = self.region(*image.shape[:2])
+        region = image[y : y + height, x : x + width]
         if region.shape[:2] == (self.height, self.width):
             return np.ascontiguousarray(region)
         return cv2.resize(region, (self.width, self.height), interpolation=cv2.INTER_AREA).astype(np.uint8)
@@ -40,17 +42,18 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         rgb = (rgb - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(rgb.transpose(2, 0, 1)[None])
 
-    def _crop(self, image: Image) -> Image:
+    def region(self, frame_height: int, frame_width: int) -> tuple[int, int, int, int]:
+        """x, y, width and height of what is looked at in such a frame; RegionError when it does not lie inside."""
         if self.roi is None:
-            return image
+            return 0, 0, frame_width, frame_height
         x, y, width, height = self.roi
-        if min(x, y) < 0 or min(width, height) < 1 or x + width > image.shape[1] or y + height > image.shape[0]:
+        if min(x, y) < 0 or min(width, height) < 1 or x + width > frame_width or y + height > frame_height:
             raise RegionError(
                 f"the region of interest {x},{y},{width},{height} does not lie inside a frame of "
-                f"{image.shape[1]}×{image.shape[0]} pixels: set the camera to the size the bundle was built for, "
+                f"{frame_width}×{frame_height} pixels: set the camera to the size the bundle was built for, "
                 "or build with another --roi"
             )
-        return image[y : y + height, x : x + width]
+        return self.roi
 
 
 def widen_grey(image: Image) -> Image:
