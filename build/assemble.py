@@ -199,7 +199,7 @@ class Assembly:
             )
 
     def _engine(self, file: Path) -> OpenVinoEngine:
-        return OpenVinoEngine.of_file(file, self.job.preprocess.height, self.job.preprocess.width)
+        return OpenVinoEngine.of_file(file, self.job.preprocess)
 
     @property
     def _graph_name(self) -> str:

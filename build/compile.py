@@ -29,7 +29,7 @@ def compiled_for_openvino(graph: onnx.ModelProto, file: Path, preprocess: Prepro
     """The engine of a graph. The graph is saved as `file`, and the files of the engine beside it."""
     onnx.save(graph, file)
     compile_openvino(file, file.parent)
-    return OpenVinoEngine.of_file(file.parent / OPENVINO.main, preprocess.height, preprocess.width)
+    return OpenVinoEngine.of_file(file.parent / OPENVINO.main, preprocess)
 
 
 def compile_openvino(graph: Path, folder: Path) -> None:

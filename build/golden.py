@@ -27,7 +27,8 @@ def golden_frames(normals: Images, scores: Array, preprocess: Preprocess, engine
     if frames[0].shape != frames[1].shape:
         frames[0] = frames[1]
     drawn = [scratched(frames[1], preprocess, place) for place in SCRATCH_PLACES]
-    frames.append(max(drawn, key=lambda frame: float(engine.infer(preprocess(frame)).scores[0])))
-    answers = [engine.infer(preprocess(frame)) for frame in frames]
-    maps, found = (np.concatenate([getattr(answer, name) for answer in answers]) for name in ("maps", "scores"))
-    return GoldenFrames(np.stack(frames), maps, found)
+    frames.append(max(drawn, key=lambda frame: engine.inspect(frame, np.inf).score))
+    answers = [engine.inspect(frame, np.inf, with_map=True) for frame in frames]
+    scores_found = np.array([answer.score for answer in answers], np.float32)
+    maps = np.stack([answer.map for answer in answers if answer.map is not None])
+    return GoldenFrames(np.stack(frames), maps, scores_found)

@@ -5,6 +5,9 @@
     │   └── RegionError    3   the region of interest does not fit the frame
     ├── BundleError        4   a bundle that is missing, damaged, or of another schema
     ├── EngineError        5   the inference engine cannot be opened or failed
+    │   ├── DeviceError    5   the GPU or its driver: absent, too old, out of memory, lost. It does not come back
+    │   ├── PlanError      5   an engine that was compiled for another GPU or TensorRT
+    │   ├── FrameError     5   a frame of another size than the engine is set up for
     │   └── SelfTestError  5   the engine's answers differ from the golden frames
     ├── CameraError        6   the frame source does not open or has stopped
     ├── PlcError           7   the serial link does not open or has stopped
@@ -35,6 +38,18 @@ class BundleError(StpmError):
 
 class EngineError(StpmError):
     exit_code = 5
+
+
+class DeviceError(EngineError):
+    pass
+
+
+class PlanError(EngineError):
+    pass
+
+
+class FrameError(EngineError):
+    pass
 
 
 class SelfTestError(EngineError):

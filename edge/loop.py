@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from stpm.edge.bundle import Bundle
 from stpm.edge.camera import Camera, Frame
-from stpm.edge.engine import Engine, Inference
-from stpm.edge.errors import EngineError, PlcError, StpmError
+from stpm.edge.engine import Engine, Inspection
+from stpm.edge.errors import DeviceError, EngineError, PlcError, StpmError
 from stpm.edge.latency import Latency
 from stpm.edge.plc import Link
 from stpm.edge.plc.link import Heartbeat
@@ -101,7 +101,7 @@ class Line:
 
     def _judge(self, frame: Frame) -> None:
         try:
-            inference, verdict = self._examine(frame)
+            inspection, verdict = self._examine(frame)
         except BaseException:
             self.summary.verdicts["UNKNOWN"] += 1
             self.summary.undelivered += 1
@@ -111,14 +111,14 @@ class Line:
         elapsed = time.monotonic_ns() - frame.captured_ns
         self.summary.latency.add("capture to wire", elapsed)
         if self.results is not None:
-            self.results.add(frame, verdict, inference, elapsed / 1e6)
+            self.results.add(frame, verdict, inspection, elapsed / 1e6)
         score = "-" if verdict.score is None else f"{verdict.score:.3e}"
         self.report(
             f"part {frame.number:>6}  {verdict.verdict:<7} {score:>10}  {elapsed / 1e6:6.1f} ms  "
             f"{frame.name}{'  ' + verdict.reason if verdict.verdict == 'UNKNOWN' else ''}"
         )
         if self._failures >= FAILURES_IN_A_ROW:
-            raise EngineError(f"the engine failed {self._failures} times in a row, the last time: {verdict.reason}")
+            raise EngineError(f"the engine has failed and does not recover, the last time: {verdict.reason}")
 
     def _deliver(self, part: Part) -> None:
         try:
@@ -128,26 +128,25 @@ class Line:
             self.summary.undelivered += 1
             raise
 
-    def _examine(self, frame: Frame) -> tuple[Inference | None, Verdict]:
+    def _examine(self, frame: Frame) -> tuple[Inspection | None, Verdict]:
         """The verdict of a frame; whatever goes wrong on the way is UNKNOWN, and that is a reject."""
         threshold = self.bundle.manifest.threshold.value
         if frame.image is None:
             return None, judge(None, threshold, frame.problem)
         stage = self.summary.latency.stage
         try:
-            with stage("preprocess"):
-                tensor = self.bundle.manifest.preprocess(frame.image)
-            with stage("inference"):
-                inference = self.engine.infer(tensor)
+            with stage("inspection"):
+                inspection = self.engine.inspect(frame.image, threshold, with_map=self.results is not None)
         except EngineError as error:
-            self._failures += 1
+            # a GPU that is gone does not come back: this part is rejected, and then the line stops
+            self._failures += FAILURES_IN_A_ROW if isinstance(error, DeviceError) else 1
             return None, judge(None, threshold, str(error))
         except StpmError as error:
             return None, judge(None, threshold, str(error))
         self._failures = 0
         with stage("decision"):
-            verdict = judge(float(inference.scores[0]), threshold)
-        return inference, verdict
+            verdict = judge(inspection.score, threshold)
+        return inspection, verdict
 
     def _send(self, message: Message) -> None:
         self.link.send(message)

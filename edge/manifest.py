@@ -14,11 +14,31 @@ Precision = Literal["fp32", "fp16", "int8"]
 Quantize = Literal["ptq", "qad"]
 
 
-class EngineFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The compiled files of one backend and the device they were compiled for ("CPU", or a GPU with SM and driver)."""
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a TensorRT plan was compiled with and for; it runs nowhere else."""
+
+    kernels: str  # the file with the compiled kernels of edge/kernels
+    tensorrt: str
+    sm: str  # compute capability, as "8.7"
+    driver: str  # the CUDA version that the driver supported, as "12.6"
+    tactic_sources: list[str]
+    batches: list[int]  # numbers of images, one optimisation profile for each
+    scales: dict[str, float]  # of the outputs that are int8: a stored value times this is the feature
+    hardware_compatible: bool  # runs on later GPUs too, from Ampere on
+    version_compatible: bool  # runs with later TensorRT versions too
+    settings: dict[str, str | int]  # the other settings of the compiler, for the record
+
+
+class EngineFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The compiled files of one backend and the device they were compiled for: "CPU", or the name of a GPU."""
 
     main: str
     device: str
+    plan: Plan | None = None  # of TensorRT
+
+    @property
+    def names(self) -> set[str]:
+        return {self.main} | ({self.plan.kernels} if self.plan else set())
 
 
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -171,7 +191,7 @@ def decode(content: bytes, source: str) -> Manifest:
         raise BundleError(f"{source} is damaged ({error}): copy the bundle again or build it again") from error
     if manifest.sha256 != _seal(manifest):
         raise BundleError(f"{source} is damaged (its sha256 does not fit): copy the bundle again or build it again")
-    named = {manifest.graph, manifest.golden.file, *(engine.main for engine in manifest.engines.values())}
+    named = {manifest.graph, manifest.golden.file}.union(*(engine.names for engine in manifest.engines.values()))
     if not named <= set(manifest.files):
         raise BundleError(f"{source} names files that it has no sha256 of ({', '.join(named - set(manifest.files))})")
     return manifest

@@ -12,7 +12,7 @@ import cv2
 import msgspec
 
 from stpm.edge.camera import Frame
-from stpm.edge.engine import Inference
+from stpm.edge.engine import Inspection
 from stpm.edge.errors import StorageError
 from stpm.edge.picture import defect_picture
 from stpm.edge.policy import Verdict
@@ -29,6 +29,8 @@ class Record(msgspec.Struct, frozen=True):
     threshold: float
     latency_ms: float
     reason: str
+    box: tuple[int, int, int, int] | None  # x, y, width, height of what is above the threshold, in the resized frame
+    area: int  # pixels above the threshold there
 
 
 class Results:
@@ -41,7 +43,7 @@ class Results:
             self._pictures.mkdir(parents=True, exist_ok=True)
             self._file = (folder / "parts.jsonl").open("ab", buffering=0)
 
-    def add(self, frame: Frame, verdict: Verdict, inference: Inference | None, latency_ms: float) -> None:
+    def add(self, frame: Frame, verdict: Verdict, inspection: Inspection | None, latency_ms: float) -> None:
         record = Record(
             datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             frame.number,
@@ -51,6 +53,8 @@ class Results:
             self._threshold,
             latency_ms,
             verdict.reason,
+            inspection.box if inspection else None,
+            inspection.area if inspection else 0,
         )
         try:
             with storage_errors(self._pictures):
@@ -58,17 +62,19 @@ class Results:
                 if self._file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, "No space left on device")
                 if verdict.verdict != "PASS" and frame.image is not None:
-                    self._save_picture(frame.image, verdict, inference, f"{self._run}-{frame.number:06d}", frame.name)
+                    self._save_picture(frame.image, verdict, inspection, f"{self._run}-{frame.number:06d}", frame.name)
         except StorageError:
             self.lost += 1
 
-    def _save_picture(self, image: Image, verdict: Verdict, inference: Inference | None, stem: str, name: str) -> None:
-        if inference is None:
+    def _save_picture(
+        self, image: Image, verdict: Verdict, inspection: Inspection | None, stem: str, name: str
+    ) -> None:
+        if inspection is None or inspection.map is None:
             picture = image
         else:
             score = "" if verdict.score is None else f"  {verdict.score:.3e}"
             caption = f"{name}  {verdict.verdict}{score}  threshold {self._threshold:.3e}"
-            picture = defect_picture(self._preprocess.resize(image), inference.maps[0], self._threshold, caption)
+            picture = defect_picture(self._preprocess.resize(image), inspection.map, self._threshold, caption)
         _, encoded = cv2.imencode(".png", picture)
         (self._pictures / f"{stem}.png").write_bytes(encoded.tobytes())
 

@@ -46,6 +46,15 @@ def score(anomaly: Array) -> float:
     return float(anomaly.max())
 
 
+def bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
+    """x, y, width and height of the smallest box around the true pixels of an H×W mask; None when there are none."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    x, y = int(columns[0]), int(rows[0])
+    return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
+
+
 def _interpolation(source: int, target: int) -> npt.NDArray[np.float64]:
     """The target×source matrix of linear interpolation with half-pixel centres."""
     position = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)

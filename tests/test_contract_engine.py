@@ -1,12 +1,16 @@
 """Contract 5: what every engine must do, run over all of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
 
 from stpm.edge.engine import Inference, open_engine
 from stpm.edge.engine.fake import FakeEngine
-from stpm.edge.errors import EngineError, SelfTestError
+from stpm.edge.errors import EngineError, SelfTestError, StpmError
+from stpm.edge.preprocess import Preprocess
+from stpm.edge.score import bounding_box
 from stpm.edge.selftest import self_test
 
 ENGINES = [("openvino", "fp32"), ("openvino", "fp16"), ("openvino", "int8"), ("fake", "int8")]
@@ -36,6 +40,29 @@ def test_answers_have_the_promised_shape_and_the_score_is_the_maximum(opened):
     assert (found.maps >= 0).all()
     single = engine.infer(batch[1:2])
     np.testing.assert_allclose(single.maps[0], found.maps[1], atol=1e-6)
+
+
+def test_inspects_a_frame_as_it_comes_from_the_camera(opened):
+    bundle, engine = opened
+    frame, threshold = bundle.golden().frames[2], float(bundle.golden().scores[2]) / 2
+    wanted = engine.infer(bundle.manifest.preprocess(frame))
+    found = engine.inspect(frame, threshold, with_map=True)
+    tolerance = 1e-2 * float(wanted.scores[0])
+    assert found.score == pytest.approx(wanted.scores[0], abs=tolerance)
+    np.testing.assert_allclose(found.map, wanted.maps[0], atol=tolerance)
+    above = found.map > threshold
+    assert found.area == above.sum() > 0
+    assert found.box == bounding_box(above)
+    np.testing.assert_array_equal(found.mask, above)
+    assert engine.inspect(frame, threshold) == replace(found, map=None, mask=None)
+    high = engine.inspect(frame, found.score)
+    assert (high.score, high.box, high.area) == (found.score, None, 0)
+
+
+@pytest.mark.parametrize("frame", [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8), None])
+def test_what_is_no_frame_is_refused(opened, frame):
+    with pytest.raises(StpmError, match="wanted a frame"):
+        opened[1].inspect(frame, 1.0)
 
 
 def test_answers_belong_to_the_caller(opened):
@@ -80,8 +107,8 @@ def test_describes_itself(opened):
 
 def test_profile_divides_each_inference(opened):
     bundle, engine = opened
-    inside = engine.profile(bundle.manifest.preprocess(bundle.golden().frames[0]), runs=3)
-    assert set(inside) == {"pyramids", "head"}
+    inside = engine.profile(bundle.golden().frames[0], runs=3)
+    assert set(inside) == {"preprocess", "pyramids", "head"}
     assert all(len(samples) == 3 for samples in inside.values())
     if engine.describe()["backend"] == "openvino":
         assert all(0 < head < pyramids for head, pyramids in zip(inside["head"], inside["pyramids"], strict=True))
@@ -94,7 +121,6 @@ def test_a_nan_between_network_and_head_does_not_become_a_pass(tmp_path):
     from stpm.build.export import export_graph
     from stpm.build.head import ProductHead
     from stpm.edge.engine.openvino import OpenVinoEngine
-    from stpm.edge.preprocess import Preprocess
 
     class Overflowing(torch.nn.Module):
         def __init__(self):
@@ -107,7 +133,7 @@ def test_a_nan_between_network_and_head_does_not_become_a_pass(tmp_path):
 
     graph = export_graph(Overflowing(), Preprocess(64, 64))
     onnx.save(graph, tmp_path / "overflow.onnx")
-    with OpenVinoEngine.of_file(tmp_path / "overflow.onnx", 64, 64) as engine:
+    with OpenVinoEngine.of_file(tmp_path / "overflow.onnx", Preprocess(64, 64)) as engine:
         assert not np.isfinite(engine.infer(np.ones((1, 3, 64, 64), np.float32)).scores[0])
         assert np.isfinite(engine.infer(np.full((1, 3, 64, 64), 1e-30, np.float32)).scores[0])
 

@@ -106,7 +106,7 @@ def test_everything_that_cannot_be_judged_is_unknown(bundle):
 def test_an_engine_that_keeps_failing_ends_in_fault(bundle):
     camera, wire = Script(*frames(20)), Wire()
     line = line_of(bundle, camera, wire, 0.5, *[EngineError("dead")] * 20)
-    with pytest.raises(EngineError, match=f"{FAILURES_IN_A_ROW} times in a row"):
+    with pytest.raises(EngineError, match="does not recover"):
         line.run(threading.Event())
     assert [verdict for _, verdict in wire.parts] == ["PASS"] + ["UNKNOWN"] * FAILURES_IN_A_ROW
     assert wire.messages[-1] == State("FAULT", "EngineError")
@@ -190,7 +190,7 @@ def test_heartbeats_fill_the_silence_and_only_the_silence(bundle):
 def test_stages_are_timed(bundle):
     summary = line_of(bundle, Script(*frames(4)), Wire(), *[0.5] * 4).run(threading.Event())
     percentiles = summary.latency.percentiles()
-    assert set(percentiles) == {"preprocess", "inference", "decision", "wire", "capture to wire"}
+    assert set(percentiles) == {"inspection", "decision", "wire", "capture to wire"}
     assert all(
         stage.count == 4 and 0 < stage.p50 <= stage.p90 <= stage.p99 <= stage.max for stage in percentiles.values()
     )

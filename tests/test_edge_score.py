@@ -8,7 +8,7 @@ import torch
 
 from stpm.build.head import ProductHead
 from stpm.build.head import level_map as torch_level_map
-from stpm.edge.score import anomaly_map, level_map, score, upsample
+from stpm.edge.score import anomaly_map, bounding_box, level_map, score, upsample
 
 
 def features(channels, height, width, seed):
@@ -113,3 +113,12 @@ def test_torch_level_map_of_zeros_is_finite():
     zero = torch.zeros(1, 4, 2, 2)
     assert torch_level_map(zero, zero).abs().max() == 0
     assert torch_level_map(zero, zero + 1).min() == pytest.approx(1, abs=1e-5)
+
+
+def test_bounding_box_holds_every_true_pixel_and_no_empty_edge():
+    mask = np.zeros((7, 9), bool)
+    assert bounding_box(mask) is None
+    mask[2, 3] = mask[5, 1] = True
+    assert bounding_box(mask) == (1, 2, 3, 4)
+    mask[:] = True
+    assert bounding_box(mask) == (0, 0, 9, 7)

@@ -55,7 +55,7 @@ def test_graphs_of_the_imagenet_teacher_on_a_real_screw(tmp_path):
     maps = {}
     for name, variant in (("fp32", graph), ("int8", quantise(graph, ranges))):
         onnx.save(variant, tmp_path / f"{name}.onnx")
-        with OpenVinoEngine.of_file(tmp_path / f"{name}.onnx", 256, 256) as engine:
+        with OpenVinoEngine.of_file(tmp_path / f"{name}.onnx", Preprocess()) as engine:
             maps[name] = engine.infer(tensor).maps[0]
     np.testing.assert_allclose(maps["fp32"], wanted, atol=1e-3 * wanted.max())
     assert np.corrcoef(maps["int8"].ravel(), wanted.ravel())[0, 1] > 0.98

@@ -19,15 +19,15 @@ def test_bench_measures_bundles_in_turn_and_writes_json(bundles, tmp_path, capsy
         arguments += ["--bundle", str(bundles[precision].path)]
     assert bench.main(arguments) == 0
     report = json.loads((tmp_path / "latency.json").read_text())
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert [bundle["precision"] for bundle in report["bundles"]] == ["fp32", "int8"]
     for bundle in report["bundles"]:
-        assert list(bundle["stages"]) == ["preprocess", "inference", "decision", "total"]
+        assert list(bundle["stages"]) == ["inspection", "decision", "total"]
         for stage in bundle["stages"].values():
             assert stage["count"] == 5
             assert 0 < stage["p50"] <= stage["p90"] <= stage["p99"] <= stage["max"]
         stages = bundle["stages"]
-        assert stages["total"]["p50"] >= stages["preprocess"]["p50"] + stages["inference"]["p50"] * 0.5
+        assert stages["total"]["p50"] >= stages["inspection"]["p50"] * 0.5
         assert 0 < bundle["inside"]["head"]["p50"] < bundle["inside"]["pyramids"]["p50"]
         assert bundle["inside"]["head"]["count"] == 5
     assert report["bundles"][1]["sha256"] == bundles["int8"].sha256

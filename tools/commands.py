@@ -12,6 +12,10 @@ def train() -> int:
     return _start("stpm-train", "stpm.build.cli", "train_main", "build")
 
 
+def compile_bundle() -> int:
+    return _start("stpm-compile", "stpm.build.gpu.cli", "main", "tensorrt")
+
+
 def tune() -> int:
     return _start("stpm-tune", "stpm.tools.tune", "main", "cpu")
 

@@ -1,18 +1,18 @@
 """Inference engines. This is the only place that knows the backends, and it imports each one when it is asked for."""
 
 from stpm.edge.bundle import Bundle
-from stpm.edge.engine.base import Engine, Inference
+from stpm.edge.engine.base import Engine, Inference, Inspection
 from stpm.edge.errors import EngineError
 
-__all__ = ["BACKENDS", "Engine", "Inference", "open_engine"]
+__all__ = ["BACKENDS", "Engine", "Inference", "Inspection", "open_engine"]
 
-BACKENDS = ("openvino", "fake")
+BACKENDS = ("tensorrt", "openvino", "fake")
 
 
 def open_engine(bundle: Bundle, backend: str = "auto") -> Engine:
     """Load the bundle into a backend; "auto" takes a real one that the bundle was compiled for."""
     if backend == "auto":
-        backend = "openvino"  # the only one that bundles are compiled for; never the fake
+        backend = "tensorrt" if "tensorrt" in bundle.manifest.engines else "openvino"  # never the fake
     if backend == "fake":
         from stpm.edge.engine.fake import FakeEngine
 
@@ -21,4 +21,8 @@ def open_engine(bundle: Bundle, backend: str = "auto") -> Engine:
         from stpm.edge.engine.openvino import OpenVinoEngine
 
         return OpenVinoEngine(bundle)
+    if backend == "tensorrt":
+        from stpm.edge.engine.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(bundle)
     raise EngineError(f"wanted a backend out of {', '.join(BACKENDS)}, found {backend!r}: choose one of these")

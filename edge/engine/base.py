@@ -1,14 +1,15 @@
 """What every engine can do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from stpm.edge.errors import EngineError
-from stpm.edge.preprocess import Tensor
-from stpm.edge.score import Array
+from stpm.edge.preprocess import Image, Preprocess, Tensor
+from stpm.edge.score import Array, bounding_box
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,19 @@ class Inference:
 
     maps: Array
     scores: Array
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of one frame. `box` is x, y, width and height of all that lies above the threshold, in pixels of
+    the map, and `area` their number; None and 0 when nothing does. Where asked for, `map` is float32 height×width and
+    `mask`, true above the threshold, bool height×width."""
+
+    score: float
+    box: tuple[int, int, int, int] | None
+    area: int
+    map: Array | None = None
+    mask: npt.NDArray[np.bool_] | None = None
 
 
 class Engine(Protocol):
@@ -28,8 +42,13 @@ class Engine(Protocol):
     def infer(self, tensor: Tensor) -> Inference:
         """float32 N×3×height×width from `Preprocess`. A wrong shape or dtype, or a failing run, is an EngineError."""
 
-    def profile(self, tensor: Tensor, runs: int) -> dict[str, list[float]]:
-        """Milliseconds in the "pyramids" and in the "head" of each of `runs` inferences, by the engine's counters."""
+    def inspect(self, frame: Image, threshold: float, with_map: bool = False) -> Inspection:
+        """A camera frame, uint8 H×W×3 BGR, from its pixels to its score: what the line asks for. An InputError for
+        what is no frame, an EngineError when the run fails."""
+
+    def profile(self, frame: Image, runs: int) -> dict[str, list[float]]:
+        """Milliseconds in the "preprocess", the "pyramids" and the "head" of each of `runs` inspections, by the
+        engine's own counters."""
 
     def describe(self) -> dict[str, str]:
         """Backend, device and versions, for logs and reports."""
@@ -57,8 +76,25 @@ class ClosesOnExit:
         self.close()
 
 
-def check_input(tensor: Tensor, height: int, width: int) -> None:
+class InspectsOnHost(ClosesOnExit):
+    """An engine that takes tensors: before it and after it the frame is worked on by numpy."""
+
+    _preprocess: Preprocess
+
+    def infer(self, tensor: Tensor) -> Inference:
+        raise AssertionError("an engine defines infer")
+
+    def inspect(self, frame: Image, threshold: float, with_map: bool = False) -> Inspection:
+        inference = self.infer(self._preprocess(frame))
+        anomaly = inference.maps[0]
+        above = anomaly > threshold
+        found = Inspection(float(inference.scores[0]), bounding_box(above), int(above.sum()))
+        return replace(found, map=anomaly, mask=above) if with_map else found
+
+
+def check_input(tensor: Tensor, preprocess: Preprocess) -> None:
     """EngineError unless `tensor` is a contiguous, finite float32 N×3×height×width with N ≥ 1."""
+    height, width = preprocess.height, preprocess.width
     good = (
         isinstance(tensor, np.ndarray)
         and tensor.dtype == np.float32

@@ -6,12 +6,12 @@ from itertools import cycle
 import numpy as np
 
 from stpm.edge.bundle import Bundle
-from stpm.edge.engine.base import ClosesOnExit, Inference, check_input
+from stpm.edge.engine.base import Inference, InspectsOnHost, check_input
 from stpm.edge.errors import EngineError
-from stpm.edge.preprocess import Tensor
+from stpm.edge.preprocess import Image, Preprocess, Tensor
 
 
-class FakeEngine(ClosesOnExit):
+class FakeEngine(InspectsOnHost):
     """Answers each input with the next score of the script; an exception in the script is raised instead.
 
     Inputs in `known` (their bytes) get the answer recorded for them and do not advance the script.
@@ -20,12 +20,11 @@ class FakeEngine(ClosesOnExit):
     def __init__(
         self,
         script: Iterable[float | Exception],
-        height: int = 256,
-        width: int = 256,
+        preprocess: Preprocess | None = None,
         known: dict[bytes, Inference] | None = None,
     ) -> None:
         self._script: Iterator[float | Exception] | None = iter(script)
-        self._height, self._width = height, width
+        self._preprocess = preprocess or Preprocess()
         self._known = known or {}
 
     @classmethod
@@ -36,13 +35,13 @@ class FakeEngine(ClosesOnExit):
             spec(frame).tobytes(): Inference(golden.maps[index : index + 1], golden.scores[index : index + 1])
             for index, frame in enumerate(golden.frames)
         }
-        return cls(cycle([threshold / 2, threshold / 2, threshold * 2]), spec.height, spec.width, known)
+        return cls(cycle([threshold / 2, threshold / 2, threshold * 2]), spec, known)
 
     def warm_up(self) -> None:
         """Nothing is lazy here."""
 
     def infer(self, tensor: Tensor) -> Inference:
-        check_input(tensor, self._height, self._width)
+        check_input(tensor, self._preprocess)
         if self._script is None:
             raise EngineError("the engine is closed: open it again")
         answers = [self._known.get(frame.tobytes()) or self._next() for frame in tensor]
@@ -50,8 +49,8 @@ class FakeEngine(ClosesOnExit):
             np.concatenate([answer.maps for answer in answers]), np.concatenate([answer.scores for answer in answers])
         )
 
-    def profile(self, tensor: Tensor, runs: int) -> dict[str, list[float]]:
-        return {"pyramids": [0.0] * runs, "head": [0.0] * runs}
+    def profile(self, frame: Image, runs: int) -> dict[str, list[float]]:
+        return {part: [0.0] * runs for part in ("preprocess", "pyramids", "head")}
 
     def describe(self) -> dict[str, str]:
         return {"backend": "fake", "device": "a script"}
@@ -66,6 +65,7 @@ class FakeEngine(ClosesOnExit):
             raise EngineError("the script of the fake engine has ended")
         if isinstance(score, Exception):
             raise score
-        anomaly = np.zeros((1, self._height, self._width), np.float32)
-        anomaly[0, self._height // 2, self._width // 2] = score
+        height, width = self._preprocess.height, self._preprocess.width
+        anomaly = np.zeros((1, height, width), np.float32)
+        anomaly[0, height // 2, width // 2] = score
         return Inference(anomaly, np.array([score], np.float32))

@@ -1,13 +1,14 @@
 """The embedded default: OpenVINO on any x86 or Arm CPU."""
 
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
 from stpm.edge.bundle import Bundle
-from stpm.edge.engine.base import ClosesOnExit, Inference, check_input
+from stpm.edge.engine.base import Inference, InspectsOnHost, check_input
 from stpm.edge.errors import EngineError
-from stpm.edge.preprocess import Tensor
+from stpm.edge.preprocess import Image, Preprocess, Tensor
 
 # One frame at a time, as soon as possible. Without the precision hint a CPU with bf16 units computes an fp32 graph
 # in bf16; the precision is written in the graph and nowhere else.
@@ -15,7 +16,7 @@ LATENCY = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
 WARM_UP_RUNS = 5
 
 
-class OpenVinoEngine(ClosesOnExit):
+class OpenVinoEngine(InspectsOnHost):
     def __init__(self, bundle: Bundle) -> None:
         files = bundle.manifest.engines.get("openvino")
         if files is None:
@@ -23,24 +24,23 @@ class OpenVinoEngine(ClosesOnExit):
                 f"{bundle.path} was compiled for {', '.join(bundle.manifest.engines)}, not for openvino: "
                 "build it again with `stpm-build --backend openvino`"
             )
-        size = bundle.manifest.preprocess
-        self._load(bundle.path / files.main, files.device, size.height, size.width)
+        self._load(bundle.path / files.main, files.device, bundle.manifest.preprocess)
 
     @classmethod
-    def of_file(cls, model: Path, height: int, width: int) -> "OpenVinoEngine":
+    def of_file(cls, model: Path, preprocess: Preprocess) -> "OpenVinoEngine":
         """The engine of a model file that is not in a bundle yet: an IR (.xml) or an ONNX graph, on the CPU."""
         engine = cls.__new__(cls)
-        engine._load(model, "CPU", height, width)
+        engine._load(model, "CPU", preprocess)
         return engine
 
-    def _load(self, model: Path, device: str, height: int, width: int) -> None:
+    def _load(self, model: Path, device: str, preprocess: Preprocess) -> None:
         try:
             import openvino
         except ImportError as error:
             raise EngineError(
                 f"this bundle needs OpenVINO, which is not installed ({error}): pip install 'stpm-edge[cpu]'"
             ) from error
-        self._height, self._width, self._device = height, width, device
+        self._preprocess, self._device = preprocess, device
         self._core = openvino.Core()
         try:
             self._model = self._core.read_model(model)
@@ -57,15 +57,15 @@ class OpenVinoEngine(ClosesOnExit):
         }
 
     def warm_up(self) -> None:
-        zeros = np.zeros((1, 3, self._height, self._width), np.float32)
+        zeros = np.zeros((1, 3, self._preprocess.height, self._preprocess.width), np.float32)
         for _ in range(WARM_UP_RUNS):
             self.infer(zeros)
 
     def infer(self, tensor: Tensor) -> Inference:
-        check_input(tensor, self._height, self._width)
+        check_input(tensor, self._preprocess)
         if self._request is None:
             raise EngineError("the engine is closed: open it again")
-        maps = np.empty((len(tensor), self._height, self._width), np.float32)
+        maps = np.empty((len(tensor), *tensor.shape[2:]), np.float32)
         scores = np.empty(len(tensor), np.float32)
         for index in range(len(tensor)):
             try:
@@ -77,17 +77,19 @@ class OpenVinoEngine(ClosesOnExit):
             scores[index] = maps[index].max()
         return Inference(maps, scores)
 
-    def profile(self, tensor: Tensor, runs: int) -> dict[str, list[float]]:
-        check_input(tensor, self._height, self._width)
+    def profile(self, frame: Image, runs: int) -> dict[str, list[float]]:
         compiled = self._core.compile_model(self._model, self._device, {**LATENCY, "PERF_COUNT": True})
         request = compiled.create_infer_request()
-        spent: dict[str, list[float]] = {"pyramids": [], "head": []}
+        spent: dict[str, list[float]] = {"preprocess": [], "pyramids": [], "head": []}
         for run in range(-WARM_UP_RUNS, runs):
-            request.infer([tensor[:1]])
+            start = perf_counter()
+            tensor = self._preprocess(frame)
+            preprocessed = perf_counter()
+            request.infer([tensor])
             if run < 0:
                 continue
             # a node keeps the name that the exporter gave it, the path of the torch module
-            milliseconds = {"pyramids": 0.0, "head": 0.0}
+            milliseconds = {"preprocess": (preprocessed - start) * 1e3, "pyramids": 0.0, "head": 0.0}
             for node in request.profiling_info:
                 milliseconds["head" if "head/" in node.node_name else "pyramids"] += (
                     node.real_time.total_seconds() * 1e3

@@ -1,0 +1,141 @@
+"""stpm-compile: give a bundle an engine for the GPU of this machine."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from stpm.build.gpu.plan import PlanOptions, compile_tensorrt
+from stpm.build.steps import default_work
+from stpm.edge.bundle import MANIFEST, Bundle, file_hash, find_bundle, open_bundle
+from stpm.edge.cli import count
+from stpm.edge.command import parser, run_command
+from stpm.edge.engine.tensorrt import TensorRtEngine
+from stpm.edge.manifest import Manifest, encode
+from stpm.edge.selftest import self_test
+from stpm.edge.storage import new_folder
+
+EXAMPLES = """\
+  stpm-compile --bundle bundles/screw-int8
+  stpm-compile --bundle bundles/screw-fp16 --batch 1 --batch 8 --workspace 512
+  stpm-compile --bundle bundles/screw-int8 --tactic-sources EDGE_MASK_CONVOLUTIONS,JIT_CONVOLUTIONS"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser(
+        "stpm-compile",
+        "Compile the graph of a bundle for the GPU of this machine, and keep the engine in the bundle when it gives "
+        "the recorded answers on the golden frames.",
+        EXAMPLES,
+    )
+    options.add_argument("--bundle", type=Path, metavar="DIR", help="default: the only bundle in ./bundles")
+    add_plan_options(options)
+    options.add_argument(
+        "--work",
+        type=Path,
+        default=default_work(),
+        metavar="DIR",
+        help="where TensorRT's timings are kept for re-use (default: ~/.cache/stpm-edge)",
+    )
+    chosen = options.parse_args(arguments)
+
+    def command() -> None:
+        bundle = open_bundle(chosen.bundle or find_bundle())
+        print(_report(compile_bundle(bundle, plan_options(chosen), chosen.work)))
+
+    return run_command("stpm-compile", command, "the bundle is as before")
+
+
+def add_plan_options(options: argparse.ArgumentParser) -> None:
+    default = PlanOptions()
+    add = options.add_argument_group("TensorRT").add_argument
+    add(
+        "--batch",
+        type=count,
+        action="append",
+        metavar="N",
+        help="images at once; may be given several times (default: 1)",
+    )
+    add(
+        "--workspace",
+        type=count,
+        default=default.workspace_mib,
+        metavar="MIB",
+        help=f"memory that a layer may use while it runs (default: {default.workspace_mib})",
+    )
+    add(
+        "--optimization-level",
+        type=int,
+        choices=range(6),
+        metavar="0-5",
+        help="how long to look for fast kernels; from 8.6",
+    )
+    add("--aux-streams", type=int, metavar="N", help="streams beside the first one for the two branches; from 8.6")
+    add("--tactic-sources", metavar="NAME,...", help="libraries to take kernels from, by TensorRT's names")
+    add("--hardware-compatible", action="store_true", help="let it run on every GPU from Ampere on; from 8.6")
+    add("--version-compatible", action="store_true", help="let it run with later TensorRT versions; from 8.6")
+    add("--dla", type=int, metavar="CORE", help="put what it can on this DLA core (Jetson)")
+    add(
+        "--int8-features",
+        action="store_true",
+        help="hand features to the kernels as INT8 where they are quantised anyway",
+    )
+
+
+def plan_options(chosen: argparse.Namespace) -> PlanOptions:
+    # frames from a camera come one at a time, so there is always a profile for one
+    batches = {1, *(chosen.batch or ())}
+    return PlanOptions(
+        tuple(sorted(batches)),
+        chosen.workspace,
+        chosen.optimization_level,
+        chosen.aux_streams,
+        tuple(chosen.tactic_sources.split(",")) if chosen.tactic_sources else None,
+        chosen.hardware_compatible,
+        chosen.version_compatible,
+        chosen.dla,
+        chosen.int8_features,
+    )
+
+
+def compile_bundle(bundle: Bundle, options: PlanOptions, work: Path) -> Manifest:
+    """Replace the bundle by one that also has a TensorRT engine; when anything fails it stays as it is.
+
+    SelfTestError when the engine's answers to the golden frames are not the recorded ones.
+    """
+    manifest = bundle.manifest
+    with new_folder(bundle.path) as folder:
+        for name in manifest.files:
+            shutil.copy2(bundle.path / name, folder / name)
+        graph = onnx.load(folder / manifest.graph)
+        files = compile_tensorrt(graph, manifest.precision, manifest.preprocess, folder, options, work)
+        with TensorRtEngine.of_files(folder, files, manifest.preprocess) as engine:
+            deviation = self_test(bundle, engine)
+        print(f"self test passed: largest deviation {deviation:.2%} of the golden scores", flush=True)
+        manifest = msgspec.structs.replace(
+            manifest,
+            engines=manifest.engines | {"tensorrt": files},
+            files=manifest.files | {name: file_hash(folder / name) for name in files.names},
+        )
+        (folder / MANIFEST).write_bytes(encode(manifest))
+    return manifest
+
+
+def _report(manifest: Manifest) -> str:
+    plan = manifest.engines["tensorrt"].plan
+    assert plan is not None
+    rows = [
+        ("precision", manifest.precision),
+        ("GPU", f"{manifest.engines['tensorrt'].device}, SM {plan.sm}, driver for CUDA {plan.driver}"),
+        ("TensorRT", plan.tensorrt),
+        ("kernels from", ", ".join(plan.tactic_sources)),
+        ("images at once", ", ".join(str(images) for images in plan.batches)),
+    ]
+    return "\n".join(f"  {name:<14} {value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

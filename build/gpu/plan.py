@@ -1,0 +1,239 @@
+"""A TensorRT plan, by polygraphy, from TensorRT 8.5 to 11.
+
+The precision is written in the graph. From TensorRT 10 on the network is strongly typed, so that is all there is to
+say; before, the builder must also be allowed FP16 and INT8. What a version does not have is looked up by name, because
+the numbers behind the names differ between versions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+from tqdm import tqdm
+
+from stpm.build.gpu.graph import INPUT, Network, for_tensorrt
+from stpm.build.gpu.kernels import compile_kernels
+from stpm.edge.engine.cuda import Gpu
+from stpm.edge.errors import EngineError
+from stpm.edge.manifest import EngineFiles, Plan, Precision
+from stpm.edge.preprocess import Preprocess
+
+PLAN, KERNELS = "tensorrt.plan", "kernels.cubin"
+MIB = 1 << 20
+# What the kernels can read of each type; TensorRT takes the fastest.
+FORMATS = {"FLOAT": ("LINEAR", "CHW32"), "HALF": ("LINEAR", "HWC8"), "INT8": ("LINEAR", "CHW32")}
+
+
+class PlanOptions(msgspec.Struct, frozen=True):
+    """None leaves a setting to TensorRT."""
+
+    batches: tuple[int, ...] = (1,)
+    workspace_mib: int = 1024
+    optimization_level: int | None = None
+    aux_streams: int | None = None
+    tactic_sources: tuple[str, ...] | None = None
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    dla_core: int | None = None
+    int8_features: bool = False
+
+
+def compile_tensorrt(
+    graph: onnx.ModelProto,
+    precision: Precision,
+    preprocess: Preprocess,
+    folder: Path,
+    options: PlanOptions,
+    caches: Path,
+) -> EngineFiles:
+    """Write plan and kernels for the GPU of this machine into `folder`. EngineError, or one of its kinds, when there
+    is no GPU or TensorRT refuses. What TensorRT measures is kept in `caches` and makes the next time shorter."""
+    # The driver is asked first: where there is none, TensorRT 8.6 ends the interpreter
+    gpu = Gpu()
+    try:
+        tensorrt = _tensorrt()
+        network = for_tensorrt(graph, options.int8_features)
+        print(
+            f"plan: TensorRT {tensorrt.__version__} compiles for {gpu.name} (SM {gpu.sm}); this takes minutes",
+            flush=True,
+        )
+        plan, sources = _compile(tensorrt, network, precision, preprocess, options, _cache(caches, tensorrt, gpu))
+        (folder / PLAN).write_bytes(plan)
+        compile_kernels(gpu.sm, folder / KERNELS)
+    finally:
+        gpu.close()
+    settings: dict[str, str | int] = {
+        name: value
+        for name, value in msgspec.structs.asdict(options).items()
+        if isinstance(value, int) and name not in ("hardware_compatible", "version_compatible")
+    }
+    return EngineFiles(
+        PLAN,
+        gpu.name,
+        Plan(
+            KERNELS,
+            tensorrt.__version__,
+            gpu.sm,
+            gpu.driver,
+            sources,
+            sorted(options.batches),
+            network.scales,
+            options.hardware_compatible,
+            options.version_compatible,
+            settings,
+        ),
+    )
+
+
+def _tensorrt() -> Any:
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise EngineError(
+            f"--backend tensorrt needs TensorRT, which cannot be loaded ({error}): pip install 'stpm-edge[tensorrt]', "
+            "or on a Jetson take the package of JetPack"
+        ) from error
+    return tensorrt
+
+
+def _cache(caches: Path, tensorrt: Any, gpu: Gpu) -> Path:
+    """Timings hold for one TensorRT on one kind of GPU."""
+    caches.mkdir(parents=True, exist_ok=True)
+    return caches / f"tensorrt-{tensorrt.__version__}-{gpu.name.replace(' ', '-')}.timing"
+
+
+def _compile(
+    tensorrt: Any, network: Network, precision: Precision, preprocess: Preprocess, options: PlanOptions, cache: Path
+) -> tuple[bytes, list[str]]:
+    """The plan, and the names of the tactic sources that it may use."""
+    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_bytes
+    from polygraphy.exception import PolygraphyException
+
+    strongly_typed = _major(tensorrt) >= 10
+    try:
+        builder, definition, parser = network_from_onnx_bytes(
+            network.model.SerializeToString(), strongly_typed=strongly_typed
+        )
+        _set_formats(tensorrt, definition)
+        with _progress(tensorrt) as monitor:
+            config = _config(tensorrt, builder, definition, precision, preprocess, options, cache, monitor)
+            plan = engine_bytes_from_network((builder, definition, parser), config, save_timing_cache=str(cache))
+    except PolygraphyException as error:
+        raise EngineError(f"TensorRT {tensorrt.__version__} cannot compile the graph ({error})") from error
+    return bytes(plan), _sources(tensorrt, config)
+
+
+def _config(
+    tensorrt: Any,
+    builder: Any,
+    definition: Any,
+    precision: Precision,
+    preprocess: Preprocess,
+    options: PlanOptions,
+    cache: Path,
+    monitor: Any,
+) -> Any:
+    from polygraphy.backend.trt import CreateConfig
+
+    settings: dict[str, Any] = {
+        "profiles": _profiles(options.batches, preprocess),
+        "memory_pool_limits": {tensorrt.MemoryPoolType.WORKSPACE: options.workspace_mib * MIB},
+        "load_timing_cache": str(cache) if cache.is_file() else None,
+    }
+    if _major(tensorrt) < 10 and precision != "fp32":
+        settings |= {"fp16": True, "int8": precision == "int8"}
+    if options.tactic_sources is not None:
+        members = tensorrt.TacticSource.__members__
+        settings["tactic_sources"] = [_named(tensorrt, members, name) for name in options.tactic_sources]
+    if options.optimization_level is not None:
+        settings["builder_optimization_level"] = options.optimization_level
+    if options.aux_streams is not None:
+        settings["max_aux_streams"] = options.aux_streams
+    if options.hardware_compatible:
+        levels = getattr(tensorrt, "HardwareCompatibilityLevel", None)
+        members = levels.__members__ if levels is not None else {}
+        settings["hardware_compatibility_level"] = _named(tensorrt, members, "AMPERE_PLUS")
+    if options.version_compatible:
+        settings["version_compatible"] = True
+    if options.dla_core is not None:
+        cores = builder.num_DLA_cores
+        if options.dla_core >= cores:
+            raise EngineError(f"wanted DLA core {options.dla_core}, found {cores} cores on this GPU: leave --dla away")
+        settings |= {"use_dla": True, "allow_gpu_fallback": True}
+    if monitor is not None:
+        settings["progress_monitor"] = monitor
+    config = CreateConfig(**settings)(builder, definition)
+    if options.dla_core is not None:
+        config.DLA_core = options.dla_core
+    return config
+
+
+def _profiles(batches: tuple[int, ...], preprocess: Preprocess) -> list[Any]:
+    """One for each number of images, with that number only: a fixed size is compiled best."""
+    from polygraphy.backend.trt import Profile
+
+    shapes = [(images, 3, preprocess.height, preprocess.width) for images in sorted(batches)]
+    return [Profile().add(INPUT, min=shape, opt=shape, max=shape) for shape in shapes]
+
+
+def _set_formats(tensorrt: Any, definition: Any) -> None:
+    names = {getattr(tensorrt.DataType, name): name for name in FORMATS}
+    for index in range(definition.num_outputs):
+        output = definition.get_output(index)
+        formats = FORMATS[names[output.dtype]]
+        output.allowed_formats = sum(1 << int(getattr(tensorrt.TensorFormat, name)) for name in formats)
+
+
+def _named(tensorrt: Any, members: Any, name: str) -> Any:
+    if name not in members:
+        known = ", ".join(members) or "none at all"
+        raise EngineError(f"TensorRT {tensorrt.__version__} has no {name}, it has {known}: choose out of these")
+    return members[name]
+
+
+def _sources(tensorrt: Any, config: Any) -> list[str]:
+    used = config.get_tactic_sources()
+    return [name for name, member in tensorrt.TacticSource.__members__.items() if used & 1 << int(member)]
+
+
+def _major(tensorrt: Any) -> int:
+    return int(tensorrt.__version__.split(".")[0])
+
+
+@contextmanager
+def _progress(tensorrt: Any) -> Iterator[Any]:
+    """A bar for the outermost phase, where TensorRT tells how far it is (from 9 on); else None."""
+    if not hasattr(tensorrt, "IProgressMonitor"):
+        yield None
+        return
+
+    class Monitor(tensorrt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            tensorrt.IProgressMonitor.__init__(self)
+            self.bar: Any = None
+            self.outermost = ""
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.outermost = phase_name
+                self.bar = tqdm(total=num_steps, desc="compiling", unit="step", disable=None, leave=False)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if self.bar is not None and phase_name == self.outermost:
+                self.bar.n = step
+                self.bar.refresh()
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            if self.bar is not None and phase_name == self.outermost:
+                self.bar.close()
+
+    monitor = Monitor()
+    try:
+        yield monitor
+    finally:
+        if monitor.bar is not None:
+            monitor.bar.close()

@@ -1,0 +1,424 @@
+"""TensorRT on an NVIDIA GPU: one engine with both networks, our kernels before and after it, one CUDA graph a frame.
+
+    pinned frame → copy → preprocess → engine → match → combine → copy → score and box
+                   '------------------ one CUDA graph ----------------'
+
+The engine ends at the features of the taps; the head is edge/kernels. Nothing is allocated after the first frame: it
+sets the size of the frames, and the power-on self test brings it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stpm.edge.bundle import Bundle
+from stpm.edge.engine.base import ClosesOnExit, Inference, Inspection, check_input
+from stpm.edge.engine.cuda import Gpu, Shared
+from stpm.edge.engine.cuda_graph import Graph
+from stpm.edge.errors import EngineError, FrameError, PlanError
+from stpm.edge.kernels import launches
+from stpm.edge.kernels.launches import CALL, DTYPES, FINDING, FP16, FP32, INT8, Features, Launch, Resize, Tap
+from stpm.edge.manifest import EngineFiles, Plan
+from stpm.edge.preprocess import Image, Preprocess, Tensor, widen_grey
+
+INPUT = "input"
+WARM_UP_RUNS = 5
+AGAIN = "compile the plan again with `stpm-compile --bundle DIR`"
+
+
+class TensorRtEngine(ClosesOnExit):
+    def __init__(self, bundle: Bundle) -> None:
+        files = bundle.manifest.engines.get("tensorrt")
+        if files is None:
+            raise EngineError(
+                f"{bundle.path} was compiled for {', '.join(bundle.manifest.engines)}, not for tensorrt: compile it "
+                f"on this machine with `stpm-compile --bundle {bundle.path}`"
+            )
+        self._load(bundle.path, files, bundle.manifest.preprocess)
+
+    @classmethod
+    def of_files(cls, folder: Path, files: EngineFiles, preprocess: Preprocess) -> "TensorRtEngine":
+        """The engine of files that are not in a bundle yet."""
+        engine = cls.__new__(cls)
+        engine._load(folder, files, preprocess)
+        return engine
+
+    def _load(self, folder: Path, files: EngineFiles, preprocess: Preprocess) -> None:
+        plan = files.plan
+        assert plan is not None, "a TensorRT engine has a plan"
+        self._preprocess = preprocess
+        self._closing = ExitStack()
+        with ExitStack() as on_failure:
+            on_failure.callback(self._closing.close)
+            # the driver is looked at first: TensorRT 8.6 ends the interpreter where there is none
+            self._gpu = Gpu()
+            self._closing.callback(self._gpu.close)
+            tensorrt = _tensorrt()
+            _check(plan, files.device, self._gpu, tensorrt.__version__, folder)
+            self._gpu.load((folder / plan.kernels).read_bytes())
+            engine = _deserialised(tensorrt, folder / files.main)
+            self._passes: dict[int, Pass] = {}
+            self._frames: Frames | None = None
+            self._closing.callback(self._let_go)
+            for profile, images in enumerate(plan.batches):
+                self._passes[images] = Pass(self._gpu, tensorrt, engine, profile, images, preprocess, plan.scales)
+            on_failure.pop_all()
+        self._closed = False
+        self._description = {
+            "backend": "tensorrt",
+            "device": self._gpu.name,
+            "tensorrt": tensorrt.__version__,
+            "sm": self._gpu.sm,
+            "driver": f"CUDA {self._gpu.driver}",
+        }
+
+    def warm_up(self) -> None:
+        height, width = self._preprocess.height, self._preprocess.width
+        for images in self._passes:
+            for _ in range(WARM_UP_RUNS):
+                self.infer(np.zeros((images, 3, height, width), np.float32))
+
+    def infer(self, tensor: Tensor) -> Inference:
+        check_input(tensor, self._preprocess)
+        self._check_open()
+        done = [self._passes[len(part)].infer(part) for part in self._parts(tensor)]
+        return Inference(*(np.concatenate(each) for each in zip(*done, strict=True)))
+
+    def inspect(self, frame: Image, threshold: float, with_map: bool = False) -> Inspection:
+        self._check_open()
+        frame = widen_grey(frame)
+        if self._frames is None:
+            self._frames = Frames(self._gpu, self._passes[1], self._preprocess, *frame.shape[:2])
+        return self._frames.inspect(frame, threshold, with_map)
+
+    def inspect_on_gpu(self, frame: Any, threshold: float, with_map: bool = False) -> Inspection:
+        """A frame that lies on the GPU already, uint8 H×W×3 BGR with `__cuda_array_interface__`; it is not copied.
+
+        Rows may be padded. FrameError for another shape, type or size than that of the frames before.
+        """
+        self._check_open()
+        height, width, address, pitch = _on_gpu(frame)
+        if self._frames is None:
+            self._frames = Frames(self._gpu, self._passes[1], self._preprocess, height, width)
+        return self._frames.inspect_on_gpu((height, width), address, pitch, threshold, with_map)
+
+    def profile(self, frame: Image, runs: int) -> dict[str, list[float]]:
+        self.inspect(frame, np.inf)
+        assert self._frames is not None
+        timed = [self._frames.timed() for _ in range(runs)]
+        return {part: [each[part] for each in timed] for part in ("preprocess", "pyramids", "head")}
+
+    def describe(self) -> dict[str, str]:
+        return dict(self._description)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._gpu.check_thread()
+            self._closed = True
+            self._closing.close()
+
+    def _let_go(self) -> None:
+        """Graphs first, then contexts, which hold the engine; the memory that they point to goes with the GPU."""
+        if self._frames is not None:
+            self._frames.close()
+        for each in self._passes.values():
+            each.close()
+        self._frames, self._passes = None, {}
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed: open it again")
+
+    def _parts(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Cut into the numbers of images that there are profiles for, the largest first."""
+        while len(tensor):
+            images = max(each for each in self._passes if each <= len(tensor))
+            yield tensor[:images]
+            tensor = tensor[images:]
+
+
+class Pass:
+    """A number of images through the networks and the head: a TensorRT context and the memory around it."""
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        tensorrt: Any,
+        engine: Any,
+        profile: int,
+        images: int,
+        preprocess: Preprocess,
+        scales: dict[str, float],
+    ) -> None:
+        self._gpu, self._images = gpu, images
+        height, width = preprocess.height, preprocess.width
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            raise EngineError(
+                "TensorRT cannot make an execution context, most often for want of GPU memory: close other programs "
+                "that use the GPU"
+            )
+        if profile and not self._context.set_optimization_profile_async(profile, gpu.stream):
+            raise EngineError(f"TensorRT refuses profile {profile} of the plan: {AGAIN}")
+        if not self._context.set_input_shape(INPUT, (images, 3, height, width)):
+            raise EngineError(f"TensorRT refuses {images} images of {height}×{width}: {AGAIN}")
+        self._tensor = gpu.shared((images, 3, height, width), DTYPES[_kind(tensorrt, engine, INPUT)])
+        self.call = gpu.shared((1,), CALL)
+        self.map = gpu.shared((images, height, width), np.float32)
+        self.mask = gpu.shared((images, height, width), np.uint8)
+        self.findings = gpu.shared((images,), FINDING)
+        self._context.set_tensor_address(INPUT, self._tensor.device)
+        taps = self._taps(tensorrt, engine, scales)
+        findings = self.findings.device
+        self._match = launches.match(taps, findings, images)
+        self._combine = launches.combine(
+            taps, self.call.device, self.map.device, self.mask.device, findings, height, width, images
+        )
+
+    def _taps(self, tensorrt: Any, engine: Any, scales: dict[str, float]) -> list[Tap]:
+        """The outputs `teacher/TAP` and `student/TAP`, in the engine's order, with memory for each."""
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        taps = []
+        for name in [name for name in names if name.startswith("teacher/")]:
+            _, channels, height, width = self._context.get_tensor_shape(name)
+            teacher, student = (
+                self._features(tensorrt, engine, each, channels, height * width, scales)
+                for each in (name, name.replace("teacher/", "student/", 1))
+            )
+            levels = self._gpu.allocate(self._images * height * width * 4)
+            taps.append(Tap(teacher, student, levels, channels, height, width))
+        return taps
+
+    def _features(
+        self, tensorrt: Any, engine: Any, name: str, channels: int, pixels: int, scales: dict[str, float]
+    ) -> Features:
+        kind, vector = _kind(tensorrt, engine, name), _vector(tensorrt, engine, name, channels)
+        size = self._images * -(-channels // vector) * vector * pixels * np.dtype(DTYPES[kind]).itemsize
+        address = self._gpu.allocate(size)
+        self._context.set_tensor_address(name, address)
+        return Features(address, kind, vector, scales[name] if kind == INT8 else 1.0)
+
+    @property
+    def tensor(self) -> Shared:
+        """The networks' input: float32 or float16, images × 3 × height × width."""
+        return self._tensor
+
+    def infer(self, tensor: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Maps and scores of a float32 tensor with this pass's number of images."""
+        np.copyto(self._tensor.host, tensor, casting="same_kind")
+        self.call.host["threshold"] = np.inf
+        self._gpu.send(self.call)
+        self._gpu.send(self._tensor)
+        self.enqueue_networks()
+        self.enqueue_head()
+        self._gpu.fetch(self.map)
+        self._gpu.fetch(self.findings)
+        self._gpu.wait()
+        return self.map.host.copy(), self.findings.host["score"].copy()
+
+    def enqueue_networks(self) -> None:
+        if not self._context.execute_async_v3(self._gpu.stream):
+            raise EngineError("TensorRT failed on a frame: its message is above")
+
+    def enqueue_head(self) -> None:
+        self._gpu.launch(self._match)
+        self._gpu.launch(self._combine)
+
+    def close(self) -> None:
+        self._context = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A way for frames to come in, and its captured graph."""
+
+    enqueue: Callable[[], None]
+    graph: Graph
+
+
+class Frames:
+    """Frames of one size, from the camera's pixels to score and box, through a pass of one image."""
+
+    def __init__(self, gpu: Gpu, one: Pass, preprocess: Preprocess, height: int, width: int) -> None:
+        self._gpu, self._pass, self._size = gpu, one, (height, width)
+        resize = Resize.of(preprocess, height, width)
+        rows, columns = (
+            (gpu.constant(axis.start), gpu.constant(axis.offset), gpu.constant(axis.weight))
+            for axis in (resize.rows, resize.columns)
+        )
+        self._pixels = gpu.shared((height, width, 3), np.uint8)
+        half = one.tensor.host.dtype == np.float16
+        self._launch: Launch = launches.preprocess(
+            preprocess, rows, columns, resize.half_up, one.call.device, one.tensor.device, half, 1
+        )
+        self._from_host = self._source(partial(self._enqueue_frame, copied=True))
+        self._from_gpu = self._source(partial(self._enqueue_frame, copied=False))
+
+    def _source(self, enqueue_frame: Callable[[], None]) -> Source:
+        def enqueue() -> None:
+            enqueue_frame()
+            self._pass.enqueue_networks()
+            self._pass.enqueue_head()
+            self._gpu.fetch(self._pass.findings)
+
+        self._call(self._pixels.device, self._size[1] * 3, np.inf)
+        # once for real, because TensorRT sets things up that must not be captured
+        enqueue()
+        self._gpu.wait()
+        return Source(enqueue, self._gpu.captured(enqueue))
+
+    def _enqueue_frame(self, copied: bool) -> None:
+        if copied:
+            self._gpu.send(self._pixels)
+        self._gpu.send(self._pass.call)
+        self._gpu.launch(self._launch)
+
+    def inspect(self, frame: Image, threshold: float, with_map: bool) -> Inspection:
+        self._check_size(frame.shape[:2])
+        np.copyto(self._pixels.host, frame)
+        self._call(self._pixels.device, self._size[1] * 3, threshold)
+        return self._run(self._from_host, with_map)
+
+    def inspect_on_gpu(
+        self, size: tuple[int, int], address: int, pitch: int, threshold: float, with_map: bool
+    ) -> Inspection:
+        self._check_size(size)
+        self._call(address, pitch, threshold)
+        return self._run(self._from_gpu, with_map)
+
+    def timed(self) -> dict[str, float]:
+        """Milliseconds of the parts of the frame that came last, without the graph."""
+        one = self._pass
+        return self._gpu.timed(
+            {
+                "preprocess": partial(self._enqueue_frame, copied=True),
+                "pyramids": one.enqueue_networks,
+                "head": one.enqueue_head,
+            }
+        )
+
+    def close(self) -> None:
+        self._from_host.graph.close()
+        self._from_gpu.graph.close()
+
+    def _call(self, address: int, pitch: int, threshold: float) -> None:
+        self._pass.call.host[0] = (address, pitch, 0, threshold, 0)
+
+    def _run(self, source: Source, with_map: bool) -> Inspection:
+        self._gpu.replay(source.graph)
+        if with_map:
+            self._gpu.fetch(self._pass.map)
+            self._gpu.fetch(self._pass.mask)
+        self._gpu.wait()
+        found = self._pass.findings.host[0]
+        box = None
+        if found["area"]:
+            left, top, right, bottom = (int(found[name]) for name in ("left", "top", "right", "bottom"))
+            box = left, top, right + 1 - left, bottom + 1 - top
+        inspection = Inspection(float(found["score"]), box, int(found["area"]))
+        if not with_map:
+            return inspection
+        return replace(inspection, map=self._pass.map.host[0].copy(), mask=self._pass.mask.host[0].astype(bool))
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        if size != self._size:
+            raise FrameError(
+                f"wanted frames of {self._size[1]}×{self._size[0]} pixels like the first one, found {size[1]}×"
+                f"{size[0]}: set the camera to the size that the bundle was built for"
+            )
+
+
+def _tensorrt() -> Any:
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise EngineError(
+            f"this engine needs TensorRT, which cannot be loaded ({error}): pip install 'stpm-edge[tensorrt]', or on "
+            "a Jetson take the package of JetPack"
+        ) from error
+    return tensorrt
+
+
+def _check(plan: Plan, device: str, gpu: Gpu, version: str, folder: Path) -> None:
+    """PlanError when the plan was made for another GPU or TensorRT, naming both."""
+    major, minor = (int(number) for number in gpu.sm.split("."))
+    ampere_or_later = plan.hardware_compatible and major >= 8
+    same_version = version == plan.tensorrt
+    later_version = plan.version_compatible and _numbers(version) >= _numbers(plan.tensorrt)
+    if not ((gpu.sm == plan.sm or ampere_or_later) and (same_version or later_version)):
+        raise PlanError(
+            f"the engine in {folder} was compiled by TensorRT {plan.tensorrt} for {device} (SM {plan.sm}), and this "
+            f"machine has TensorRT {version} and {gpu.name} (SM {major}.{minor}): compile it here with "
+            f"`stpm-compile --bundle {folder}`"
+        )
+    if _numbers(gpu.driver)[0] < _numbers(plan.driver)[0]:
+        raise PlanError(
+            f"the engine in {folder} was compiled with a driver for CUDA {plan.driver}, and this machine's is for "
+            f"CUDA {gpu.driver}: install a newer driver, or compile it here with `stpm-compile --bundle {folder}`"
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".") if number.isdigit()]
+
+
+def _deserialised(tensorrt: Any, file: Path) -> Any:
+    messages: list[str] = []
+
+    class Log(tensorrt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            tensorrt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR):
+                messages.append(message)
+
+    log = Log()
+    runtime = tensorrt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(file.read_bytes())
+    if engine is None:
+        raise PlanError(
+            f"TensorRT {tensorrt.__version__} cannot load {file} ({'; '.join(messages) or 'it gives no reason'}): "
+            f"{AGAIN}"
+        )
+    return engine
+
+
+def _kind(tensorrt: Any, engine: Any, name: str) -> int:
+    kinds = {tensorrt.DataType.FLOAT: FP32, tensorrt.DataType.HALF: FP16, tensorrt.DataType.INT8: INT8}
+    found = engine.get_tensor_dtype(name)
+    if found not in kinds:
+        raise PlanError(f"wanted {name} as FLOAT, HALF or INT8, found {found}: {AGAIN}")
+    return kinds[found]
+
+
+def _vector(tensorrt: Any, engine: Any, name: str, channels: int) -> int:
+    """How many channels of a pixel lie side by side."""
+    formats = tensorrt.TensorFormat
+    vectors = {formats.LINEAR: 1, formats.CHW4: 4, formats.CHW32: 32, formats.HWC8: -(-channels // 8) * 8}
+    found = engine.get_tensor_format(name)
+    if found not in vectors:
+        raise PlanError(f"wanted {name} as LINEAR, CHW4, CHW32 or HWC8, found {found}: {AGAIN}")
+    return vectors[found]
+
+
+def _on_gpu(frame: Any) -> tuple[int, int, int, int]:
+    """Height, width, address and bytes from row to row."""
+    interface = getattr(frame, "__cuda_array_interface__", None)
+    if interface is None:
+        raise FrameError(
+            f"wanted a frame on the GPU with __cuda_array_interface__, found {type(frame).__name__}: give a frame in "
+            "host memory to `inspect`"
+        )
+    shape, kind = tuple(interface["shape"]), interface["typestr"]
+    if len(shape) != 3 or shape[2] != 3 or kind != "|u1":
+        raise FrameError(f"wanted a frame of uint8 H×W×3 (BGR) on the GPU, found {kind} {shape}: convert it first")
+    row, pixel, channel = interface.get("strides") or (shape[1] * 3, 3, 1)
+    if (pixel, channel) != (3, 1):
+        raise FrameError(f"wanted pixels of 3 bytes side by side, found strides {row, pixel, channel}: copy it first")
+    return shape[0], shape[1], int(interface["data"][0]), row
