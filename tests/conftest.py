@@ -1,14 +1,19 @@
 """Shared fixtures. Every test fails that leaves a thread or an open file behind."""
 
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from cuda_on_cpu.driver import Machine
+from cuda_on_cpu.library import Library, build
+from cuda_on_cpu.pretend import pretended
 from tqdm import tqdm
 
 from stpm.build.cli import build_main
+from stpm.build.gpu.cli import main as compile_main
 from stpm.edge.bundle import Bundle, open_bundle
 from stpm.tools.parts import write_dataset
 
@@ -63,6 +68,29 @@ def bundles(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         )
         assert build_main(words.split()) == 0
         made[precision] = open_bundle(out / precision)
+    return made
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The CUDA kernels, compiled for the CPU."""
+    file = tmp_path_factory.mktemp("kernels") / "libkernels.so"
+    return Library(build("library.cpp", file, "-fPIC", "-shared", "-DSTPM_FIBERS"))
+
+
+@pytest.fixture(scope="session")
+def compiled(
+    bundles: dict[str, Bundle], library: Library, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Bundle]:
+    """The bundles with a TensorRT engine for a pretended GPU, made by stpm-compile itself."""
+    made = {}
+    for precision, bundle in bundles.items():
+        folder = tmp_path_factory.mktemp("compiled")
+        shutil.copytree(bundle.path, folder / precision)
+        with pretended(Machine(library), folder):
+            words = f"--bundle {folder / precision} --work {folder / 'work'} --batch 2"
+            assert compile_main(words.split()) == 0
+        made[precision] = open_bundle(folder / precision)
     return made
 
 

@@ -5,7 +5,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from cuda_on_cpu.library import Host, Library, build
+from cuda_on_cpu.library import Host, build
 
 from stpm.edge.errors import RegionError
 from stpm.edge.kernels import launches
@@ -14,12 +14,6 @@ from stpm.edge.preprocess import Preprocess
 from stpm.edge.score import anomaly_map, level_map
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 110, 120)
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> Library:
-    file = tmp_path_factory.mktemp("kernels") / "libkernels.so"
-    return Library(build("library.cpp", file, "-fPIC", "-shared", "-DSTPM_FIBERS"))
 
 
 @pytest.fixture

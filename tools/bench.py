@@ -1,10 +1,10 @@
-"""Latency of bundles, stage by stage: frame in memory → preprocess → inference → decision.
+"""Latency of bundles, stage by stage: frame in memory → inspection → decision.
 
 Several bundles are measured in turn, frame by frame, so that a busy machine slows them alike; compare the ratios.
-The frames are the bundle's own golden frames. "pyramids" and "head" are the two parts of an inference by the
-engine's own counters, from a separate pass because counting costs time.
+The frames are the bundle's own golden frames. "preprocess", "pyramids" and "head" are the parts of an inspection by
+the engine's own counters, from a separate pass because counting costs time.
 
-JSON, schema 1: {schema, started, machine, runs, bundles: [{path, sha256, category, precision, engine, stages,
+JSON, schema 2: {schema, started, machine, runs, bundles: [{path, sha256, category, precision, engine, stages,
 inside}]}, where stages and inside map a name to {count, p50, p90, p99, max} in milliseconds.
 """
 
@@ -29,7 +29,7 @@ from stpm.edge.policy import judge
 from stpm.edge.preprocess import Image
 from stpm.edge.storage import write_json
 
-SCHEMA = 1
+SCHEMA = 2
 WARM_UP = 20
 
 EXAMPLES = """\
@@ -44,7 +44,7 @@ class Measured(msgspec.Struct, frozen=True):
     precision: str
     engine: dict[str, str]
     stages: dict[str, Percentiles]
-    inside: dict[str, Percentiles]  # parts of the inference, by the engine's own counters
+    inside: dict[str, Percentiles]  # parts of the inspection, by the engine's own counters
 
 
 class Benchmark(msgspec.Struct, frozen=True):
@@ -67,12 +67,10 @@ class Subject:
         frame = self.frames[index % len(self.frames)]
         manifest, stage = self.bundle.manifest, self.latency.stage
         with stage("total"):
-            with stage("preprocess"):
-                tensor = manifest.preprocess(frame)
-            with stage("inference"):
-                inference = self.engine.infer(tensor)
+            with stage("inspection"):
+                inspection = self.engine.inspect(frame, manifest.threshold.value)
             with stage("decision"):
-                judge(float(inference.scores[0]), manifest.threshold.value)
+                judge(inspection.score, manifest.threshold.value)
 
 
 def measure(bundles: list[Path], backend: str, runs: int) -> Benchmark:
@@ -94,7 +92,7 @@ def measure(bundles: list[Path], backend: str, runs: int) -> Benchmark:
 
 def _measured(subject: Subject, runs: int) -> Measured:
     manifest = subject.bundle.manifest
-    counted = subject.engine.profile(manifest.preprocess(subject.frames[0]), runs)
+    counted = subject.engine.profile(subject.frames[0], runs)
     inside = Latency()
     for name, samples in counted.items():
         for milliseconds in samples:
@@ -150,11 +148,11 @@ def _run(options: argparse.Namespace) -> None:
     print(", ".join(benchmark.machine.values()))
     first = benchmark.bundles[0]
     for bundle in benchmark.bundles:
-        ratio = first.stages["inference"].p50 / bundle.stages["inference"].p50
-        note = "" if bundle is first else f"   inference {ratio:.2f}× the speed of {first.path} (p50)"
+        ratio = first.stages["inspection"].p50 / bundle.stages["inspection"].p50
+        note = "" if bundle is first else f"   inspection {ratio:.2f}× the speed of {first.path} (p50)"
         print(f"\n{bundle.path} ({bundle.precision}, {bundle.engine['backend']}){note}")
         print(table(bundle.stages))
-        print("inside the inference, by the engine's own counters:")
+        print("inside the inspection, by the engine's own counters:")
         print("\n".join(table(bundle.inside).splitlines()[1:]))
     if options.json:
         write_json(options.json, benchmark)

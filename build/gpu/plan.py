@@ -65,7 +65,7 @@ def compile_tensorrt(
         compile_kernels(gpu.sm, folder / KERNELS)
     finally:
         gpu.close()
-    settings: dict[str, str | int] = {
+    settings: dict[str, bool | int] = {
         name: value
         for name, value in msgspec.structs.asdict(options).items()
         if isinstance(value, int) and name not in ("hardware_compatible", "version_compatible")
@@ -111,14 +111,14 @@ def _compile(
     """The plan, and the names of the tactic sources that it may use."""
     from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_bytes
     from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
 
-    strongly_typed = _major(tensorrt) >= 10
     try:
-        builder, definition, parser = network_from_onnx_bytes(
-            network.model.SerializeToString(), strongly_typed=strongly_typed
-        )
-        _set_formats(tensorrt, definition)
-        with _progress(tensorrt) as monitor:
+        with G_LOGGER.verbosity(G_LOGGER.WARNING), _progress(tensorrt) as monitor:
+            builder, definition, parser = network_from_onnx_bytes(
+                network.model.SerializeToString(), strongly_typed=_major(tensorrt) >= 10
+            )
+            _set_formats(tensorrt, definition)
             config = _config(tensorrt, builder, definition, precision, preprocess, options, cache, monitor)
             plan = engine_bytes_from_network((builder, definition, parser), config, save_timing_cache=str(cache))
     except PolygraphyException as error:

@@ -165,8 +165,14 @@ class Gpu:
                 name: float(end.time_since(start)) for name, start, end in zip(stages, marks, marks[1:], strict=False)
             }
 
+    def settle(self) -> None:
+        """Wait, and take it as done when that fails: before memory goes that something may still be using."""
+        with contextlib.suppress(DeviceError):
+            self.wait()
+
     def close(self) -> None:
         self.check_thread()
+        self.settle()
         self._closing.close()
 
     def check_thread(self) -> None:

@@ -124,6 +124,7 @@ class TensorRtEngine(ClosesOnExit):
 
     def _let_go(self) -> None:
         """Graphs first, then contexts, which hold the engine; the memory that they point to goes with the GPU."""
+        self._gpu.settle()
         if self._frames is not None:
             self._frames.close()
         for each in self._passes.values():
@@ -378,8 +379,13 @@ def _deserialised(tensorrt: Any, file: Path) -> Any:
             if severity in (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR):
                 messages.append(message)
 
-    log = Log()
-    runtime = tensorrt.Runtime(log)
+    try:
+        runtime = tensorrt.Runtime(Log())
+    except TypeError as error:  # what its constructor makes of a null pointer
+        raise EngineError(
+            f"TensorRT {tensorrt.__version__} does not start ({'; '.join(messages) or error}): check that it fits this "
+            "machine's driver"
+        ) from error
     engine = runtime.deserialize_cuda_engine(file.read_bytes())
     if engine is None:
         raise PlanError(
