@@ -122,7 +122,16 @@ def _compile(
             config = _config(tensorrt, builder, definition, precision, preprocess, options, cache, monitor)
             plan = engine_bytes_from_network((builder, definition, parser), config, save_timing_cache=str(cache))
     except PolygraphyException as error:
-        raise EngineError(f"TensorRT {tensorrt.__version__} cannot compile the graph ({error})") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise EngineError(
+            f"TensorRT {tensorrt.__version__} cannot compile the graph ({' '.join(lines)}): its own messages are above"
+        ) from error
+    except TypeError as error:
+        if "factory function returned nullptr" not in str(error):
+            raise
+        raise EngineError(
+            f"TensorRT {tensorrt.__version__} does not start: check that it fits this machine's driver"
+        ) from error
     return bytes(plan), _sources(tensorrt, config)
 
 

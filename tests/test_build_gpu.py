@@ -1,0 +1,516 @@
+"""What TensorRT is given: the graph, node by node, and the settings, version by version; and stpm-compile."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from cuda_on_cpu.driver import Machine
+from cuda_on_cpu.pretend import pretended
+from onnx import TensorProto, numpy_helper
+from tensorrt_api import surface
+
+from stpm.build.export import export_graph
+from stpm.build.gpu.cli import main
+from stpm.build.gpu.graph import for_tensorrt
+from stpm.build.gpu.kernels import compile_kernels
+from stpm.build.gpu.plan import PlanOptions, compile_tensorrt
+from stpm.build.methods import METHODS
+from stpm.calibration.fp16 import to_fp16
+from stpm.calibration.qdq import activations, convolutions, quantise
+from stpm.edge.bundle import open_bundle
+from stpm.edge.errors import DeviceError, EngineError, InputError, SelfTestError
+from stpm.edge.preprocess import Preprocess
+from stpm.edge.score import anomaly_map, level_map
+
+SPEC = Preprocess(64, 64)
+TAPS = ("layer1", "layer2", "layer3")
+NAMES = [f"{side}/{tap}" for tap in TAPS for side in ("teacher", "student")]
+
+
+@pytest.fixture(scope="module")
+def float_graph():
+    method = METHODS["stpm"]
+    teacher, student = method.new_student(0), method.new_student(1)
+    for pyramid in (teacher, student):  # biases that are not all zero
+        for module in pyramid.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.bias, -0.2, 0.5)
+    return export_graph(method.graph(teacher, student, SPEC.height, SPEC.width), SPEC)
+
+
+@pytest.fixture(scope="module")
+def int8_graph(float_graph):
+    random = np.random.default_rng(0)
+    # as different as those of a teacher and a student are
+    ranges = {name: float(random.uniform(1, 6)) for name in activations(float_graph)}
+    return quantise(float_graph, ranges)
+
+
+@pytest.fixture(scope="module")
+def graphs(float_graph, int8_graph):
+    some = [name for name in convolutions(float_graph) if name.endswith("/conv1/Conv")]
+    stems_float = [name for name in some if "layer" not in name]
+    ranges = dict.fromkeys(activations(float_graph), 4.0)
+    mixed = quantise(float_graph, ranges, in_float=stems_float[:1])
+    return {
+        "fp32": float_graph,
+        "fp16": to_fp16(float_graph),
+        "int8": int8_graph,
+        "one stem in fp16": to_fp16(mixed, {stems_float[0]}),
+    }
+
+
+def run(model, image):
+    """In float, without the fusions that change the rounding."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    half = session.get_inputs()[0].type == "tensor(float16)"
+    found = session.run(None, {"input": image.astype(np.float16) if half else image})
+    return {output.name: value for output, value in zip(session.get_outputs(), found, strict=True)}
+
+
+def score_map(network, image):
+    features = {
+        name: value.astype(np.float32) * network.scales.get(name, 1)
+        for name, value in run(network.model, image).items()
+    }
+    levels = [level_map(features[f"teacher/{tap}"][0], features[f"student/{tap}"][0]) for tap in TAPS]
+    return anomaly_map(levels, SPEC.height, SPEC.width)
+
+
+IMAGE = np.random.default_rng(7).normal(0, 1, (1, 3, SPEC.height, SPEC.width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8", "one stem in fp16"])
+def test_features_and_head_give_what_the_whole_graph_gives(graphs, name):
+    found, wanted = score_map(for_tensorrt(graphs[name]), IMAGE), run(graphs[name], IMAGE)["anomaly_map"][0, 0]
+    np.testing.assert_allclose(found, wanted, atol=3e-3 * wanted.max())
+
+
+def test_int8_features_are_the_features_rounded(int8_graph):
+    network = for_tensorrt(int8_graph, int8_features=True)
+    stored, features = run(network.model, IMAGE), run(for_tensorrt(int8_graph).model, IMAGE)
+    for name, scale in network.scales.items():
+        wanted = np.clip(np.rint(features[name] / np.float32(scale)), -128, 127)
+        assert stored[name].dtype == np.int8
+        np.testing.assert_array_equal(stored[name], wanted)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+def test_the_first_convolution_is_one_for_both(graphs, name):
+    graph = for_tensorrt(graphs[name]).model.graph
+    (conv,) = [node for node in graph.node if node.op_type == "Conv" and node.name == "/stem/conv1/Conv"]
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert weights["stem.conv1.weight"].shape == (128, 3, 7, 7)
+    assert weights["stem.conv1.bias"].shape == (128,)
+    convs = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convs) == len([node for node in graphs[name].graph.node if node.op_type == "Conv"]) - 1
+    assert conv.input[0] == ("input" if name != "int8" else "input/dequantised")
+    assert [node.op_type for node in graph.node if node.name.startswith("/stem")].count("Split") == 1
+
+
+def test_the_teacher_is_not_changed_by_the_common_stem_and_the_student_only_scaled(int8_graph):
+    """The int8 values of the student are the same, so its features differ by one factor."""
+    whole = onnx.ModelProto()
+    whole.CopyFrom(int8_graph)
+    for side in ("teacher", "student"):
+        for tap in TAPS:
+            name = f"/{side}/{tap}/{tap}.1/relu_1/Relu_output_0"
+            whole.graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    before, after = run(whole, IMAGE), run(for_tensorrt(int8_graph).model, IMAGE)
+    factors = []
+    for tap in TAPS:
+        for side in ("teacher", "student"):
+            old, new = before[f"/{side}/{tap}/{tap}.1/relu_1/Relu_output_0"], after[f"{side}/{tap}"]
+            factor = float((old * new).sum() / (old * old).sum())
+            # a value between two integers may fall on the other side
+            assert np.abs(new - factor * old).mean() < 0.02 * np.abs(new).mean()
+            if side == "teacher":
+                assert factor == pytest.approx(1, abs=1e-2)
+            else:
+                factors.append(factor)
+    assert factors[0] != pytest.approx(1, abs=0.05)
+    assert factors == pytest.approx([factors[0]] * 3, rel=1e-2)
+
+
+def test_stems_of_two_precisions_stay_apart(graphs):
+    nodes = for_tensorrt(graphs["one stem in fp16"]).model.graph.node
+    assert not any(node.name.startswith("/stem") for node in nodes)
+
+
+def test_outputs_are_the_taps_in_pairs_and_inputs_take_any_number_of_images(graphs):
+    for name, kind in (("fp32", TensorProto.FLOAT), ("fp16", TensorProto.FLOAT16), ("int8", TensorProto.FLOAT)):
+        graph = for_tensorrt(graphs[name]).model.graph
+        assert [output.name for output in graph.output] == NAMES
+        assert {output.type.tensor_type.elem_type for output in graph.output} == {kind}
+        assert graph.input[0].type.tensor_type.elem_type == (
+            TensorProto.FLOAT16 if name == "fp16" else TensorProto.FLOAT
+        )
+        several = run(for_tensorrt(graphs[name]).model, np.concatenate([IMAGE, -IMAGE, IMAGE]))
+        assert {len(value) for value in several.values()} == {3}
+
+
+def test_int8_features_are_those_that_the_next_block_reads(int8_graph):
+    network = for_tensorrt(int8_graph, int8_features=True)
+    kinds = {output.name: output.type.tensor_type.elem_type for output in network.model.graph.output}
+    assert kinds == {name: TensorProto.FLOAT if "layer3" in name else TensorProto.INT8 for name in NAMES}
+    assert set(network.scales) == {name for name in NAMES if "layer3" not in name}
+    assert all(scale > 0 for scale in network.scales.values())
+
+
+def test_nothing_of_the_head_is_left(graphs):
+    for graph in graphs.values():
+        model = for_tensorrt(graph).model
+        assert not any("/head/" in node.name or node.op_type in ("Constant", "Resize") for node in model.graph.node)
+        read = {name for node in model.graph.node for name in node.input}
+        assert {tensor.name for tensor in model.graph.initializer} <= read
+
+
+def test_a_graph_that_is_not_two_pyramids_is_refused(float_graph):
+    for old, message in (("/student/", "which is no feature"), ("/student/layer2/", "wanted 1 to 4 taps")):
+        model = onnx.ModelProto()
+        model.CopyFrom(float_graph)
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                for index, name in enumerate(names):
+                    new = "/someone/" if message.startswith("which") else "/student/other/"
+                    names[index] = name.replace(old, new)
+        with pytest.raises(InputError, match=message):
+            for_tensorrt(model)
+
+
+# the parser's rules, from TensorRT 8.5 on
+
+
+@pytest.mark.parametrize("int8_features", [False, True])
+def test_quantised_nodes_obey_the_parser_of_every_version(graphs, int8_features):
+    for name in ("int8", "one stem in fp16"):
+        model = for_tensorrt(graphs[name], int8_features).model
+        assert {entry.version for entry in model.opset_import} == {13}
+        check_rules(model)
+
+
+def check_rules(model):
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    producer = {output: node for node in graph.node for output in node.output}
+    readers = {}
+    for node in graph.node:
+        for tensor in node.input:
+            readers.setdefault(tensor, []).append(node)
+    outputs = {output.name for output in graph.output}
+    quantised = set()
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert len(node.input) == 3, "the zero point must be there"
+            scale, zero = weights[node.input[1]], weights[node.input[2]]
+            assert scale.data_type == TensorProto.FLOAT
+            assert zero.data_type == TensorProto.INT8
+            assert (numpy_helper.to_array(scale) > 0).all()
+            assert not numpy_helper.to_array(zero).any()
+            assert list(scale.dims) == list(zero.dims)
+            if node.op_type == "QuantizeLinear":
+                per_channel = node.input[0] in weights
+                if per_channel:
+                    values = weights[node.input[0]]
+                    assert values.data_type == TensorProto.FLOAT, "a weight goes in as float"
+                    assert next(a.i for a in node.attribute if a.name == "axis") == 0
+                    assert list(scale.dims) == [values.dims[0]]
+                else:
+                    assert list(scale.dims) == []
+                assert node.input[0] not in quantised, f"two pairs on {node.input[0]}"
+                quantised.add(node.input[0])
+                after = readers[node.output[0]]
+                assert [each.op_type for each in after] == ["DequantizeLinear"]
+                assert list(after[0].input[1:]) == list(node.input[1:])
+        if node.op_type == "Conv":
+            first, second = (producer.get(name) for name in node.input[:2])
+            through = producer.get(first.input[0]) if first is not None and first.op_type == "Split" else first
+            both = [each is not None and each.op_type == "DequantizeLinear" for each in (through, second)]
+            assert both in ([True, True], [False, False]), f"{node.name}: only one of input and weight is quantised"
+            if all(both):
+                assert weights[node.input[2]].data_type == TensorProto.FLOAT
+                for after in readers[node.output[0]]:
+                    shortcut = after.op_type == "QuantizeLinear" and "downsample" in node.name
+                    assert after.op_type in ("Relu", "Add") or shortcut, f"{after.name} keeps {node.name} from fusing"
+        if node.op_type == "Add":
+            kinds = sorted(producer[name].op_type for name in node.input)
+            assert kinds[0] == "Conv"
+            assert kinds[1] in ("DequantizeLinear", "Split"), f"{node.name}: a float Add"
+        for output in node.output:
+            assert output in readers or output in outputs, f"nobody reads {output}"
+
+
+def test_the_check_of_the_rules_sees_what_breaks_them(int8_graph):
+    def broken(change):
+        model = onnx.ModelProto()
+        model.CopyFrom(for_tensorrt(int8_graph).model)
+        change(model.graph)
+        return model
+
+    def first(graph, kind, name=""):
+        return next(node for node in graph.node if node.op_type == kind and name in node.name)
+
+    changes = [
+        lambda graph: first(graph, "QuantizeLinear").input.pop(),
+        lambda graph: first(graph, "Conv", "layer1").input.__setitem__(1, "stem.conv1.weight"),
+        lambda graph: first(graph, "Add").input.__setitem__(1, first(graph, "Relu").output[0]),
+        lambda graph: first(graph, "QuantizeLinear", "layer2.0.conv1.weight").attribute.__delitem__(0),
+        lambda graph: next(t for t in graph.initializer if t.name.endswith("/scale")).CopyFrom(
+            numpy_helper.from_array(np.float32(-1), "input/scale")
+        ),
+    ]
+    for change in changes:
+        with pytest.raises((AssertionError, StopIteration)):
+            check_rules(broken(change))
+
+
+# the settings, by version
+
+
+OPTIONS = {
+    "plain": PlanOptions(),
+    "all of 8.6": PlanOptions(
+        (1, 8),
+        512,
+        3,
+        1,
+        ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"),
+        hardware_compatible=True,
+        version_compatible=True,
+    ),
+}
+
+
+def compiled(version, graph, precision, options, tmp_path):
+    """What was asked of this TensorRT: network flags, config, and what the manifest will say."""
+    machine = Machine()
+    with pretended(machine, tmp_path, version) as tensorrt:
+        files = compile_tensorrt(graph, precision, SPEC, tmp_path, options, tmp_path / "caches")
+        names = {
+            kind: {int(member): name for name, member in getattr(tensorrt, kind).__members__.items()}
+            for kind in (
+                "NetworkDefinitionCreationFlag",
+                "BuilderFlag",
+                "MemoryPoolType",
+                "TacticSource",
+                "TensorFormat",
+            )
+        }
+    assert machine.left == ""
+    return machine, files, names
+
+
+def flags_of(machine, names):
+    called = [call.args[0] for call in machine.config.set_flag.call_args_list]
+    return {names["BuilderFlag"][int(flag)] for flag in called}
+
+
+@pytest.mark.parametrize("version", surface.VERSIONS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_precision_is_in_the_graph_and_flags_only_where_they_are_needed(version, precision, graphs, tmp_path):
+    machine, files, names = compiled(version, graphs[precision], precision, OPTIONS["plain"], tmp_path)
+    network_flags = {
+        name for bit, name in names["NetworkDefinitionCreationFlag"].items() if machine.network.flags >> bit & 1
+    }
+    flags = flags_of(machine, names)
+    if version.startswith("8"):
+        assert network_flags == {"EXPLICIT_BATCH"}
+        assert flags == {"fp32": set(), "fp16": {"FP16"}, "int8": {"FP16", "INT8"}}[precision]
+    else:
+        assert network_flags == {"STRONGLY_TYPED"}
+        assert flags == set()
+    machine.config.set_memory_pool_limit.assert_called_once()
+    pool, size = machine.config.set_memory_pool_limit.call_args.args
+    assert (names["MemoryPoolType"][int(pool)], size) == ("WORKSPACE", 1024 << 20)
+    assert machine.config.set_tactic_sources.called is False
+    if version != "8.5" and precision != "int8":
+        assert files.plan.tensorrt.startswith(version)
+    assert (files.plan.sm, files.plan.driver, files.device) == ("8.7", "12.6", "Pretended GPU")
+    assert (tmp_path / "kernels.cubin").read_bytes() == b"pretended cubin\n"
+
+
+@pytest.mark.parametrize("version", [version for version in surface.VERSIONS if version != "8.5"])
+def test_every_setting_reaches_the_builder(version, graphs, tmp_path):
+    machine, files, names = compiled(version, graphs["int8"], "int8", OPTIONS["all of 8.6"], tmp_path)
+    config = machine.config
+    assert config.builder_optimization_level == 3
+    assert config.max_aux_streams == 1
+    assert config.hardware_compatibility_level.name == "AMPERE_PLUS"
+    assert "VERSION_COMPATIBLE" in flags_of(machine, names)
+    asked = config.set_tactic_sources.call_args.args[0]
+    chosen = {name for bit, name in names["TacticSource"].items() if asked >> bit & 1}
+    assert chosen == {"EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"}
+    profiles = [call.args[0] for call in config.add_optimization_profile.call_args_list]
+    assert [profile.shapes["input"] for profile in profiles] == [(1, 3, 64, 64), (8, 3, 64, 64)]
+    assert files.plan.batches == [1, 8]
+    assert files.plan.settings == {
+        "workspace_mib": 512,
+        "optimization_level": 3,
+        "aux_streams": 1,
+        "int8_features": False,
+    }
+    for output in machine.network.outputs:
+        allowed = {name for bit, name in names["TensorFormat"].items() if output.allowed_formats >> bit & 1}
+        assert allowed == {"LINEAR", "CHW32"}
+
+
+def test_settings_that_a_version_does_not_have_are_refused_by_name(graphs, tmp_path):
+    for options, message in (
+        (PlanOptions(hardware_compatible=True), "TensorRT 8.5.3.1 has no AMPERE_PLUS, it has none at all"),
+        (PlanOptions(tactic_sources=("CUDNN2",)), "has no CUDNN2, it has CUBLAS, CUBLAS_LT, CUDNN"),
+        (PlanOptions(optimization_level=2), "cannot compile the graph .*builder_optimization_level"),
+        (PlanOptions(version_compatible=True), "cannot compile the graph .*version_compatible"),
+        (PlanOptions(dla_core=0), "wanted DLA core 0, found 0 cores"),
+    ):
+        with pytest.raises(EngineError, match=message) as caught:
+            compiled("8.5", graphs["fp16"], "fp16", options, tmp_path)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_timings_are_used_again(graphs, tmp_path):
+    caches = tmp_path / "caches"
+    machine, _, _ = compiled("10.13", graphs["fp16"], "fp16", OPTIONS["plain"], tmp_path)
+    (cache,) = caches.glob("*.timing")
+    assert cache.name.startswith("tensorrt-10.13")
+    assert "Pretended-GPU" in cache.name
+    cache.write_bytes(b"timings of the last time")
+    machine, _, _ = compiled("10.13", graphs["fp16"], "fp16", OPTIONS["plain"], tmp_path)
+    machine.config.create_timing_cache.assert_any_call(b"timings of the last time")
+
+
+def test_a_dla_core_is_asked_for_with_the_gpu_to_fall_back_on(graphs, tmp_path, monkeypatch):
+    machine = Machine()
+    with pretended(machine, tmp_path, "10.3") as tensorrt:
+        builder = tensorrt.__surface__.behaviour["Builder"]
+        monkeypatch.setattr(builder, "num_DLA_cores", 2)
+        compile_tensorrt(graphs["fp16"], "fp16", SPEC, tmp_path, PlanOptions(dla_core=1), tmp_path / "caches")
+        names = {"BuilderFlag": {int(member): name for name, member in tensorrt.BuilderFlag.__members__.items()}}
+    assert machine.config.DLA_core == 1
+    assert machine.config.default_device_type.name == "DLA"
+    assert "GPU_FALLBACK" in flags_of(machine, names)
+
+
+def test_the_driver_is_asked_before_tensorrt(graphs, tmp_path):
+    """TensorRT 8.6 ends the interpreter when it is started without one."""
+    machine = Machine(devices=0)
+    with pretended(machine, tmp_path, "8.6"), pytest.raises(DeviceError):
+        compile_tensorrt(graphs["fp16"], "fp16", SPEC, tmp_path, OPTIONS["plain"], tmp_path / "caches")
+    assert not any(call.startswith("trt") for call in machine.calls)
+
+
+def test_every_failing_call_of_a_compilation_is_heard(graphs, tmp_path):
+    good, _, _ = compiled("10.3", graphs["fp32"], "fp32", OPTIONS["plain"], tmp_path)
+    for number, name in enumerate(good.calls):
+        machine = Machine()
+        machine.fail_at = number
+        with pretended(machine, tmp_path):
+            if name in ("Event.record", "Event.query"):  # waiting before the closing
+                continue
+            with pytest.raises(EngineError) as caught:
+                compile_tensorrt(graphs["fp32"], "fp32", SPEC, tmp_path, OPTIONS["plain"], tmp_path / "caches")
+        assert len(str(caught.value).splitlines()) == 1, str(caught.value)
+        assert machine.left == ""
+
+
+# the compiler of the kernels
+
+
+def test_without_nvcc(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("stpm.build.gpu.kernels.TOOLKIT", str(tmp_path))
+    with pytest.raises(EngineError, match="wanted nvcc to compile the kernels, found none on PATH"):
+        compile_kernels("8.7", tmp_path / "kernels.cubin")
+
+
+def test_when_nvcc_does_not_know_the_gpu(monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho \"nvcc fatal: Unsupported gpu architecture 'sm_72'\" >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(EngineError, match=r"for SM 7.2 \(nvcc fatal: Unsupported gpu architecture 'sm_72'\)"):
+        compile_kernels("7.2", tmp_path / "kernels.cubin")
+
+
+def test_the_real_nvcc_writes_a_cubin(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH")
+    compile_kernels("8.7", tmp_path / "kernels.cubin")
+    assert (tmp_path / "kernels.cubin").read_bytes()[:4] == b"\x7fELF"
+
+
+# stpm-compile
+
+
+def test_compiling_adds_an_engine_and_keeps_everything_else(bundles, compiled):
+    for precision, bundle in bundles.items():
+        made = compiled[precision].manifest
+        assert set(made.engines) == {"openvino", "tensorrt"}
+        assert set(made.files) == set(bundle.manifest.files) | {"tensorrt.plan", "kernels.cubin"}
+        assert made.threshold == bundle.manifest.threshold
+        assert made.engines["openvino"] == bundle.manifest.engines["openvino"]
+        assert made.engines["tensorrt"].plan.batches == [1, 2]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_compilation_that_fails_leaves_the_bundle_as_it_was(bundles, library, tmp_path, capsys):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles["fp32"].path, folder)
+    before = files_of(folder)
+    machine = Machine(library)
+    machine.error, machine.fail_at = machine.error, 40
+    with pretended(machine, tmp_path):
+        assert main(["--bundle", str(folder), "--work", str(tmp_path / "work")]) == EngineError.exit_code
+    assert files_of(folder) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert "stpm-compile: " in capsys.readouterr().err
+
+
+def test_an_engine_with_other_answers_is_not_kept(bundles, library, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles["fp32"].path, folder)
+    before = files_of(folder)
+    monkeypatch.setattr("stpm.edge.kernels.launches.EPS", 50.0)
+    with pretended(Machine(library), tmp_path):
+        assert main(["--bundle", str(folder), "--work", str(tmp_path / "work")]) == SelfTestError.exit_code
+    assert files_of(folder) == before
+    assert "fails its self test" in capsys.readouterr().err
+
+
+def test_compiling_again_replaces_the_engine(compiled, library, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(compiled["fp32"].path, folder)
+    with pretended(Machine(library), tmp_path, "11.4"):
+        assert main(["--bundle", str(folder), "--work", str(tmp_path / "work")]) == 0
+    manifest = open_bundle(folder).manifest
+    assert manifest.engines["tensorrt"].plan.tensorrt.startswith("11.4")
+    assert manifest.engines["tensorrt"].plan.batches == [1]
+
+
+def test_compiling_needs_no_torch():
+    code = (
+        "import sys\nsys.modules['torch'] = None\nsys.modules['torchvision'] = None\n"
+        "import stpm.build.gpu.cli\nprint(json.dumps(sorted(m for m in sys.modules if m.startswith('stpm.'))))"
+    )
+    result = subprocess.run([sys.executable, "-c", "import json\n" + code], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+    assert "stpm.build.gpu.plan" in json.loads(result.stdout)
+
+
+def test_on_a_machine_without_a_gpu_the_command_ends_in_a_sentence(bundles, tmp_path, capsys):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles["fp32"].path, folder)
+    assert main(["--bundle", str(folder), "--work", str(tmp_path / "work")]) == EngineError.exit_code
+    assert "stpm-compile: " in capsys.readouterr().err
