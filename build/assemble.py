@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import onnx
 
-from stpm.build.compile import OPENVINO, compiled_for_openvino
+from stpm.build.compile import Compiler
 from stpm.build.distil import FineTuning
 from stpm.build.golden import TOLERANCE, golden_frames
 from stpm.build.graphs import Graphs, spread
@@ -31,6 +31,7 @@ from stpm.calibration.scratches import with_faint_scratches
 from stpm.calibration.thresholds import outliers, warning
 from stpm.edge.bundle import MANIFEST, file_hash
 from stpm.edge.command import warn
+from stpm.edge.engine import Engine
 from stpm.edge.engine.openvino import OpenVinoEngine
 from stpm.edge.errors import AccuracyError, EngineError, InputError, TrainingError
 from stpm.edge.manifest import (
@@ -74,14 +75,14 @@ def check_out(out: Path) -> None:
         raise InputError(f"{out} exists and is not a bundle: give another --out DIR")
 
 
-def build_bundle(job: Job, material: Material, wish: Wish, out: Path) -> Manifest:
+def build_bundle(job: Job, material: Material, wish: Wish, out: Path, compiler: Compiler) -> Manifest:
     """Write the bundle `out` at once, or nothing. The figures in its manifest come from the engine in it.
 
     An int8 engine that loses more than `wish.limits` in every setting is an AccuracyError with the table.
     """
     check_out(out)
     with new_folder(out) as folder:
-        return Assembly(job, material, wish, folder).build(out)
+        return Assembly(job, material, wish, folder, compiler).build(out)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Assembly:
     material: Material
     wish: Wish
     folder: Path
+    compiler: Compiler
 
     def build(self, out: Path) -> Manifest:
         fp32 = self._measured(self.graphs.fp32)
@@ -106,7 +108,7 @@ class Assembly:
         if too_few is not None:
             warn(too_few)
         print(f"bundle: packing {out}", flush=True)
-        with self._engine(self.folder / OPENVINO.main) as engine:
+        with self._engine() as engine:
             golden = golden_frames(self.held_out, chosen.scores, self.job.preprocess, engine)
         np.savez_compressed(self.folder / "golden.npz", frames=golden.frames, maps=golden.maps, scores=golden.scores)
         manifest = self._manifest(chosen, calibration, gate)
@@ -161,7 +163,8 @@ class Assembly:
         with TemporaryDirectory(dir=self.folder) as folder:
             file = Path(folder) / "graph.onnx"
             onnx.save(graph, file)
-            with self._engine(file) as engine:
+            # thirty graphs for an order of layers: always on the CPU, where compiling takes no time
+            with OpenVinoEngine.of_file(file, self.job.preprocess) as engine:
                 return infer_all(engine, pixels, self.job.preprocess, "maps")[0]
 
     def _choose_int8(self, fp32: Measured) -> tuple[Measured, Calibration, Gate]:
@@ -187,8 +190,9 @@ class Assembly:
         )
 
     def _measured(self, graph: onnx.ModelProto) -> Measured:
-        print("engine: compiling for OpenVINO, measuring", flush=True)
-        with compiled_for_openvino(graph, self.folder / self._graph_name, self.job.preprocess) as engine:
+        print(f"engine: compiling for {self.compiler.name}, measuring", flush=True)
+        self.compiler.compile(graph, self.folder / self._graph_name, self.job.preprocess)
+        with self._engine() as engine:
             return measure(
                 engine,
                 self.held_out.pixels,
@@ -198,8 +202,8 @@ class Assembly:
                 self.wish.false_reject_rate,
             )
 
-    def _engine(self, file: Path) -> OpenVinoEngine:
-        return OpenVinoEngine.of_file(file, self.job.preprocess)
+    def _engine(self) -> Engine:
+        return self.compiler.open(self.folder, self.job.preprocess)
 
     @property
     def _graph_name(self) -> str:
@@ -209,7 +213,7 @@ class Assembly:
         """Defects among the good parts: the ranges and the student learn them, and the threshold follows them."""
         training, _ = split(len(self.material.normals.paths), self.job.recipe)
         trained_on = self.material.normals.subset(training)
-        with self._engine(self.folder / OPENVINO.main) as engine:
+        with self._engine() as engine:
             _, scores = infer_all(engine, trained_on.pixels, self.job.preprocess, "training images")
         for use, images, of in (("training", trained_on, scores), ("held-out", self.held_out, fp32.scores)):
             found = [str(images.paths[index]) for index in outliers(of)]
@@ -233,7 +237,7 @@ class Assembly:
             preprocess=job.preprocess,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             graph=self._graph_name,
-            engines={"openvino": OPENVINO},
+            engines={self.compiler.name: self.compiler.files},
             golden=Golden("golden.npz", TOLERANCE[self.wish.precision]),
             teacher=Weights(_named(job.teacher), weights_hash(material.teacher.state_dict())),
             student=Weights("trained" if trained else "given", weights_hash(material.student.state_dict())),

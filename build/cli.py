@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from stpm.build.assemble import Wish, build_bundle, check_out
-from stpm.build.compile import BACKENDS, check_backend
+from stpm.build.compile import BACKENDS, Compiler, OpenVinoCompiler, TensorRtCompiler
+from stpm.build.gpu.cli import add_plan_options, plan_options
 from stpm.build.methods import METHODS
 from stpm.build.pipeline import Job, prepare
 from stpm.build.steps import Steps, default_work
@@ -40,7 +41,7 @@ def build_main(arguments: list[str] | None = None) -> int:
     add("--engine", required=True, choices=("fp32", "fp16", "int8"), help="precision of the engine")
     _add_training(options)
     add("--student", type=Path, metavar="PATH", help="use this trained student (.npz, .pth, .safetensors)")
-    add("--backend", choices=BACKENDS, default="auto", help="what to compile for (default: auto)")
+    add("--backend", choices=BACKENDS, default="openvino", help="what to compile for (default: openvino)")
     wish = Wish()
     add(
         "--quantize",
@@ -93,10 +94,12 @@ def build_main(arguments: list[str] | None = None) -> int:
         help="share of good parts that the threshold may reject (default: 0.01)",
     )
     add("--out", type=Path, metavar="DIR", help="the bundle (default: bundles/CATEGORY-ENGINE)")
+    add_plan_options(options)
     chosen = options.parse_args(arguments)
 
     def command() -> None:
-        check_backend(chosen.backend)
+        compiler = _compiler(chosen)
+        compiler.check()
         out = chosen.out or Path("bundles") / f"{chosen.category}-{chosen.engine}"
         check_out(out)
         job = _job(chosen)
@@ -109,7 +112,7 @@ def build_main(arguments: list[str] | None = None) -> int:
             chosen.threshold,
             chosen.false_reject_rate,
         )
-        print(_report(build_bundle(job, prepare(job, chosen.student), wish, out), out))
+        print(_report(build_bundle(job, prepare(job, chosen.student), wish, out, compiler), out))
 
     return run_command("stpm-build", command, AGAIN)
 
@@ -133,6 +136,10 @@ def train_main(arguments: list[str] | None = None) -> int:
         print(f"student of epoch {material.best_epoch}: {out}")
 
     return run_command("stpm-train", command, AGAIN)
+
+
+def _compiler(chosen: argparse.Namespace) -> Compiler:
+    return TensorRtCompiler(plan_options(chosen), chosen.work) if chosen.backend == "tensorrt" else OpenVinoCompiler()
 
 
 def _add_training(options: argparse.ArgumentParser) -> None:

@@ -88,7 +88,7 @@ def compiled(
         folder = tmp_path_factory.mktemp("compiled")
         shutil.copytree(bundle.path, folder / precision)
         with pretended(Machine(library), folder):
-            words = f"--bundle {folder / precision} --work {folder / 'work'} --batch 2"
+            words = f"--bundle {folder / precision} --work {folder / 'work'} --engine-batch 2"
             assert compile_main(words.split()) == 0
         made[precision] = open_bundle(folder / precision)
     return made

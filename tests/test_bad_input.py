@@ -72,7 +72,7 @@ def test_wrong_weights_file(out, parts, tmp_path, capfd):
 
 def test_tensorrt_is_refused_before_anything_is_trained(out, parts, capfd):
     assert build(out, parts, "--backend", "tensorrt") == 5
-    one_sentence(capfd, "--backend openvino")
+    one_sentence(capfd, "pycuda")
     assert not out.parent.exists()
 
 

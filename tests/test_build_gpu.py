@@ -17,6 +17,7 @@ from cuda_on_cpu.pretend import pretended
 from onnx import TensorProto, numpy_helper
 from tensorrt_api import surface
 
+from stpm.build.cli import build_main
 from stpm.build.export import export_graph
 from stpm.build.gpu.cli import main
 from stpm.build.gpu.graph import for_tensorrt
@@ -26,9 +27,11 @@ from stpm.build.methods import METHODS
 from stpm.calibration.fp16 import to_fp16
 from stpm.calibration.qdq import activations, convolutions, quantise
 from stpm.edge.bundle import open_bundle
+from stpm.edge.engine import open_engine
 from stpm.edge.errors import DeviceError, EngineError, InputError, SelfTestError
 from stpm.edge.preprocess import Preprocess
 from stpm.edge.score import anomaly_map, level_map
+from stpm.edge.selftest import self_test
 
 SPEC = Preprocess(64, 64)
 TAPS = ("layer1", "layer2", "layer3")
@@ -291,11 +294,11 @@ OPTIONS = {
 }
 
 
-def compiled(version, graph, precision, options, tmp_path):
+def asked(version, graph, options, tmp_path):
     """What was asked of this TensorRT: network flags, config, and what the manifest will say."""
     machine = Machine()
     with pretended(machine, tmp_path, version) as tensorrt:
-        files = compile_tensorrt(graph, precision, SPEC, tmp_path, options, tmp_path / "caches")
+        files = compile_tensorrt(graph, SPEC, tmp_path, options, tmp_path / "caches")
         names = {
             kind: {int(member): name for name, member in getattr(tensorrt, kind).__members__.items()}
             for kind in (
@@ -318,7 +321,7 @@ def flags_of(machine, names):
 @pytest.mark.parametrize("version", surface.VERSIONS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_precision_is_in_the_graph_and_flags_only_where_they_are_needed(version, precision, graphs, tmp_path):
-    machine, files, names = compiled(version, graphs[precision], precision, OPTIONS["plain"], tmp_path)
+    machine, files, names = asked(version, graphs[precision], OPTIONS["plain"], tmp_path)
     network_flags = {
         name for bit, name in names["NetworkDefinitionCreationFlag"].items() if machine.network.flags >> bit & 1
     }
@@ -341,14 +344,14 @@ def test_precision_is_in_the_graph_and_flags_only_where_they_are_needed(version,
 
 @pytest.mark.parametrize("version", [version for version in surface.VERSIONS if version != "8.5"])
 def test_every_setting_reaches_the_builder(version, graphs, tmp_path):
-    machine, files, names = compiled(version, graphs["int8"], "int8", OPTIONS["all of 8.6"], tmp_path)
+    machine, files, names = asked(version, graphs["int8"], OPTIONS["all of 8.6"], tmp_path)
     config = machine.config
     assert config.builder_optimization_level == 3
     assert config.max_aux_streams == 1
     assert config.hardware_compatibility_level.name == "AMPERE_PLUS"
     assert "VERSION_COMPATIBLE" in flags_of(machine, names)
-    asked = config.set_tactic_sources.call_args.args[0]
-    chosen = {name for bit, name in names["TacticSource"].items() if asked >> bit & 1}
+    mask = config.set_tactic_sources.call_args.args[0]
+    chosen = {name for bit, name in names["TacticSource"].items() if mask >> bit & 1}
     assert chosen == {"EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"}
     profiles = [call.args[0] for call in config.add_optimization_profile.call_args_list]
     assert [profile.shapes["input"] for profile in profiles] == [(1, 3, 64, 64), (8, 3, 64, 64)]
@@ -373,18 +376,18 @@ def test_settings_that_a_version_does_not_have_are_refused_by_name(graphs, tmp_p
         (PlanOptions(dla_core=0), "wanted DLA core 0, found 0 cores"),
     ):
         with pytest.raises(EngineError, match=message) as caught:
-            compiled("8.5", graphs["fp16"], "fp16", options, tmp_path)
+            asked("8.5", graphs["fp16"], options, tmp_path)
         assert len(str(caught.value).splitlines()) == 1
 
 
 def test_timings_are_used_again(graphs, tmp_path):
     caches = tmp_path / "caches"
-    machine, _, _ = compiled("10.13", graphs["fp16"], "fp16", OPTIONS["plain"], tmp_path)
+    machine, _, _ = asked("10.13", graphs["fp16"], OPTIONS["plain"], tmp_path)
     (cache,) = caches.glob("*.timing")
     assert cache.name.startswith("tensorrt-10.13")
     assert "Pretended-GPU" in cache.name
     cache.write_bytes(b"timings of the last time")
-    machine, _, _ = compiled("10.13", graphs["fp16"], "fp16", OPTIONS["plain"], tmp_path)
+    machine, _, _ = asked("10.13", graphs["fp16"], OPTIONS["plain"], tmp_path)
     machine.config.create_timing_cache.assert_any_call(b"timings of the last time")
 
 
@@ -393,7 +396,7 @@ def test_a_dla_core_is_asked_for_with_the_gpu_to_fall_back_on(graphs, tmp_path, 
     with pretended(machine, tmp_path, "10.3") as tensorrt:
         builder = tensorrt.__surface__.behaviour["Builder"]
         monkeypatch.setattr(builder, "num_DLA_cores", 2)
-        compile_tensorrt(graphs["fp16"], "fp16", SPEC, tmp_path, PlanOptions(dla_core=1), tmp_path / "caches")
+        compile_tensorrt(graphs["fp16"], SPEC, tmp_path, PlanOptions(dla_core=1), tmp_path / "caches")
         names = {"BuilderFlag": {int(member): name for name, member in tensorrt.BuilderFlag.__members__.items()}}
     assert machine.config.DLA_core == 1
     assert machine.config.default_device_type.name == "DLA"
@@ -404,12 +407,12 @@ def test_the_driver_is_asked_before_tensorrt(graphs, tmp_path):
     """TensorRT 8.6 ends the interpreter when it is started without one."""
     machine = Machine(devices=0)
     with pretended(machine, tmp_path, "8.6"), pytest.raises(DeviceError):
-        compile_tensorrt(graphs["fp16"], "fp16", SPEC, tmp_path, OPTIONS["plain"], tmp_path / "caches")
+        compile_tensorrt(graphs["fp16"], SPEC, tmp_path, OPTIONS["plain"], tmp_path / "caches")
     assert not any(call.startswith("trt") for call in machine.calls)
 
 
 def test_every_failing_call_of_a_compilation_is_heard(graphs, tmp_path):
-    good, _, _ = compiled("10.3", graphs["fp32"], "fp32", OPTIONS["plain"], tmp_path)
+    good, _, _ = asked("10.3", graphs["fp32"], OPTIONS["plain"], tmp_path)
     for number, name in enumerate(good.calls):
         machine = Machine()
         machine.fail_at = number
@@ -417,7 +420,7 @@ def test_every_failing_call_of_a_compilation_is_heard(graphs, tmp_path):
             if name in ("Event.record", "Event.query"):  # waiting before the closing
                 continue
             with pytest.raises(EngineError) as caught:
-                compile_tensorrt(graphs["fp32"], "fp32", SPEC, tmp_path, OPTIONS["plain"], tmp_path / "caches")
+                compile_tensorrt(graphs["fp32"], SPEC, tmp_path, OPTIONS["plain"], tmp_path / "caches")
         assert len(str(caught.value).splitlines()) == 1, str(caught.value)
         assert machine.left == ""
 
@@ -497,6 +500,28 @@ def test_compiling_again_replaces_the_engine(compiled, library, tmp_path):
     manifest = open_bundle(folder).manifest
     assert manifest.engines["tensorrt"].plan.tensorrt.startswith("11.4")
     assert manifest.engines["tensorrt"].plan.batches == [1]
+
+
+def test_a_bundle_is_built_and_measured_through_the_gpu(bundles, parts, library, tmp_path, capsys):
+    work = bundles["int8"].path.parent / "work"  # training and distillation are done
+    words = (
+        f"--engine int8 --category bushing --data {parts} --teacher builtin --epochs 2 --batch 8 --qad-epochs 1 "
+        f"--max-drop 1,1,1 --backend tensorrt --work {work} --out {tmp_path / 'bundle'}"
+    )
+    machine = Machine(library)
+    with pretended(machine, tmp_path):
+        assert build_main(words.split()) == 0
+        bundle = open_bundle(tmp_path / "bundle")
+        with open_engine(bundle) as engine:
+            assert engine.describe()["backend"] == "tensorrt"
+            assert self_test(bundle, engine) < 1e-4  # its golden frames are its own
+    assert machine.left == ""
+    assert set(bundle.manifest.engines) == {"tensorrt"}
+    other = bundles["int8"].manifest
+    assert bundle.manifest.accuracy.image_auroc == pytest.approx(other.accuracy.image_auroc, abs=0.3)
+    assert bundle.manifest.threshold.value == pytest.approx(other.threshold.value, rel=0.5)
+    assert bundle.manifest.threshold.value != other.threshold.value
+    assert "compiling for tensorrt" in capsys.readouterr().out
 
 
 def test_compiling_needs_no_torch():

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 from stpm.build.assemble import Assembly, Wish
-from stpm.build.compile import compiled_for_openvino
+from stpm.build.compile import OpenVinoCompiler
 from stpm.build.distil import distil
 from stpm.build.graphs import Graphs
 from stpm.build.methods import METHODS
@@ -93,14 +93,16 @@ def rows_of(job: Job, wish: Wish, runs: int) -> list[Row]:
     """All rows of one seed."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        assembly = Assembly(job, prepare(job), wish, folder)
+        compiler = OpenVinoCompiler()
+        assembly = Assembly(job, prepare(job), wish, folder, compiler)
         engines: dict[str, OpenVinoEngine] = {}
         measured: dict[str, Measured] = {}
         spec = job.preprocess
         for name, graph in graphs_of(assembly.graphs, job.steps).items():
             place = folder / name.replace(" ", "-")
             place.mkdir()
-            engine = stack.enter_context(compiled_for_openvino(graph, place / "graph.onnx", spec))
+            compiler.compile(graph, place / "graph.onnx", spec)
+            engine = stack.enter_context(compiler.open(place, spec))
             engines[name] = engine
             measured[name] = measure(engine, assembly.held_out.pixels, assembly.labelled, spec, "tail", 0.01)
         latencies = _latencies(engines, spec, assembly.held_out.pixels, runs)

@@ -20,7 +20,7 @@ from stpm.edge.storage import new_folder
 
 EXAMPLES = """\
   stpm-compile --bundle bundles/screw-int8
-  stpm-compile --bundle bundles/screw-fp16 --batch 1 --batch 8 --workspace 512
+  stpm-compile --bundle bundles/screw-fp16 --engine-batch 8 --workspace 512
   stpm-compile --bundle bundles/screw-int8 --tactic-sources EDGE_MASK_CONVOLUTIONS,JIT_CONVOLUTIONS"""
 
 
@@ -53,11 +53,11 @@ def add_plan_options(options: argparse.ArgumentParser) -> None:
     default = PlanOptions()
     add = options.add_argument_group("TensorRT").add_argument
     add(
-        "--batch",
+        "--engine-batch",
         type=count,
         action="append",
         metavar="N",
-        help="images at once; may be given several times (default: 1)",
+        help="images at once; may be given several times, and 1 is always among them",
     )
     add(
         "--workspace",
@@ -87,7 +87,7 @@ def add_plan_options(options: argparse.ArgumentParser) -> None:
 
 def plan_options(chosen: argparse.Namespace) -> PlanOptions:
     # frames from a camera come one at a time, so there is always a profile for one
-    batches = {1, *(chosen.batch or ())}
+    batches = {1, *(chosen.engine_batch or ())}
     return PlanOptions(
         tuple(sorted(batches)),
         chosen.workspace,
@@ -111,7 +111,7 @@ def compile_bundle(bundle: Bundle, options: PlanOptions, work: Path) -> Manifest
         for name in manifest.files:
             shutil.copy2(bundle.path / name, folder / name)
         graph = onnx.load(folder / manifest.graph)
-        files = compile_tensorrt(graph, manifest.precision, manifest.preprocess, folder, options, work)
+        files = compile_tensorrt(graph, manifest.preprocess, folder, options, work)
         with TensorRtEngine.of_files(folder, files, manifest.preprocess) as engine:
             deviation = self_test(bundle, engine)
         print(f"self test passed: largest deviation {deviation:.2%} of the golden scores", flush=True)

@@ -11,13 +11,19 @@ from stpm.edge.kernels.launches import MACROS, SOURCE
 TOOLKIT = "/usr/local/cuda/bin"
 
 
-def compile_kernels(sm: str, target: Path) -> None:
-    """Write the kernels for a GPU of compute capability `sm`, as "8.7". EngineError when the compiler will not."""
+def find_nvcc() -> str:
+    """The path of the compiler; EngineError when there is none."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=TOOLKIT)
     if nvcc is None:
         raise EngineError(
             f"wanted nvcc to compile the kernels, found none on PATH or in {TOOLKIT}: install the CUDA toolkit"
         )
+    return nvcc
+
+
+def compile_kernels(sm: str, target: Path) -> None:
+    """Write the kernels for a GPU of compute capability `sm`, as "8.7". EngineError when the compiler will not."""
+    nvcc = find_nvcc()
     macros = [f"-D{name}={value}" for name, value in MACROS.items()]
     architecture = f"-arch=sm_{sm.replace('.', '')}"
     command = [nvcc, "-cubin", "-O3", "-std=c++17", architecture, *macros, str(SOURCE), "-o", str(target)]

@@ -15,10 +15,10 @@ import onnx
 from tqdm import tqdm
 
 from stpm.build.gpu.graph import INPUT, Network, for_tensorrt
-from stpm.build.gpu.kernels import compile_kernels
+from stpm.build.gpu.kernels import compile_kernels, find_nvcc
 from stpm.edge.engine.cuda import Gpu
 from stpm.edge.errors import EngineError
-from stpm.edge.manifest import EngineFiles, Plan, Precision
+from stpm.edge.manifest import EngineFiles, Plan
 from stpm.edge.preprocess import Preprocess
 
 PLAN, KERNELS = "tensorrt.plan", "kernels.cubin"
@@ -41,9 +41,15 @@ class PlanOptions(msgspec.Struct, frozen=True):
     int8_features: bool = False
 
 
+def check_gpu() -> None:
+    """EngineError, or one of its kinds, when this machine cannot compile a plan."""
+    Gpu().close()
+    _tensorrt()
+    find_nvcc()
+
+
 def compile_tensorrt(
     graph: onnx.ModelProto,
-    precision: Precision,
     preprocess: Preprocess,
     folder: Path,
     options: PlanOptions,
@@ -60,7 +66,7 @@ def compile_tensorrt(
             f"plan: TensorRT {tensorrt.__version__} compiles for {gpu.name} (SM {gpu.sm}); this takes minutes",
             flush=True,
         )
-        plan, sources = _compile(tensorrt, network, precision, preprocess, options, _cache(caches, tensorrt, gpu))
+        plan, sources = _compile(tensorrt, network, preprocess, options, _cache(caches, tensorrt, gpu))
         (folder / PLAN).write_bytes(plan)
         compile_kernels(gpu.sm, folder / KERNELS)
     finally:
@@ -106,7 +112,7 @@ def _cache(caches: Path, tensorrt: Any, gpu: Gpu) -> Path:
 
 
 def _compile(
-    tensorrt: Any, network: Network, precision: Precision, preprocess: Preprocess, options: PlanOptions, cache: Path
+    tensorrt: Any, network: Network, preprocess: Preprocess, options: PlanOptions, cache: Path
 ) -> tuple[bytes, list[str]]:
     """The plan, and the names of the tactic sources that it may use."""
     from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_bytes
@@ -119,7 +125,8 @@ def _compile(
                 network.model.SerializeToString(), strongly_typed=_major(tensorrt) >= 10
             )
             _set_formats(tensorrt, definition)
-            config = _config(tensorrt, builder, definition, precision, preprocess, options, cache, monitor)
+            config = _config(tensorrt, builder, definition, preprocess, options, cache, monitor)
+            _allow_precisions(tensorrt, network.model, config)
             plan = engine_bytes_from_network((builder, definition, parser), config, save_timing_cache=str(cache))
     except PolygraphyException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -139,7 +146,6 @@ def _config(
     tensorrt: Any,
     builder: Any,
     definition: Any,
-    precision: Precision,
     preprocess: Preprocess,
     options: PlanOptions,
     cache: Path,
@@ -152,8 +158,6 @@ def _config(
         "memory_pool_limits": {tensorrt.MemoryPoolType.WORKSPACE: options.workspace_mib * MIB},
         "load_timing_cache": str(cache) if cache.is_file() else None,
     }
-    if _major(tensorrt) < 10 and precision != "fp32":
-        settings |= {"fp16": True, "int8": precision == "int8"}
     if options.tactic_sources is not None:
         members = tensorrt.TacticSource.__members__
         settings["tactic_sources"] = [_named(tensorrt, members, name) for name in options.tactic_sources]
@@ -178,6 +182,18 @@ def _config(
     if options.dla_core is not None:
         config.DLA_core = options.dla_core
     return config
+
+
+def _allow_precisions(tensorrt: Any, model: onnx.ModelProto, config: Any) -> None:
+    """The flags without which a network that is not strongly typed stays in FP32. With Q/DQ nodes INT8 needs no
+    calibrator, and its float parts may be FP16."""
+    if _major(tensorrt) >= 10:
+        return
+    int8 = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    if int8:
+        config.set_flag(tensorrt.BuilderFlag.INT8)
+    if int8 or any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer):
+        config.set_flag(tensorrt.BuilderFlag.FP16)
 
 
 def _profiles(batches: tuple[int, ...], preprocess: Preprocess) -> list[Any]:

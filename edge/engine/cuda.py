@@ -190,7 +190,7 @@ class Gpu:
         except cuda.MemoryError as error:
             raise DeviceError(
                 f"out of GPU memory: cannot {what}{self._memory()} ({error}); close other programs that use the GPU, "
-                "or compile with a smaller --batch"
+                "or compile with a smaller --engine-batch"
             ) from error
         except cuda.Error as error:
             raise DeviceError(
