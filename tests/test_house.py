@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 OFFICE = ("torch", "torchvision", "onnx", "onnxruntime", "polygraphy", "safetensors", "stpm.build")
+GPU = ("tensorrt", "pycuda", "cuda")
 BLOCKER = """
 import importlib, pkgutil, sys
 class Blocked:
@@ -33,9 +34,10 @@ def import_all(packages, blocked, left_out=()):
 
 
 def test_every_edge_module_imports_without_the_office_and_without_an_engine():
-    result = import_all(["stpm.edge"], (*OFFICE, "stpm.calibration", "stpm.tools", "openvino", "tqdm"))
+    result = import_all(["stpm.edge"], (*OFFICE, "stpm.calibration", "stpm.tools", "openvino", "tqdm", *GPU))
     assert result.returncode == 0, result.stderr
     assert "stpm.edge.engine.openvino" in result.stdout
+    assert "stpm.edge.engine.tensorrt" in result.stdout
     assert "stpm.edge.loop" in result.stdout
 
 
@@ -79,7 +81,7 @@ def test_git_has_every_source():
         str(path.relative_to(ROOT))
         for folder in folders
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".sh", ".npz", ".txt", ".cu"}
+        if path.suffix in {".py", ".sh", ".npz", ".txt", ".cu", ".cuh", ".cpp", ".h", ".json"}
     }
     assert sources
     assert sources <= tracked, f"not in git: {sorted(sources - tracked)}"
@@ -99,6 +101,7 @@ def test_commands_of_the_readme_exist_with_their_options():
     assert any(line.startswith("sh tests/run.sh") for line in commands)
     scripts = {
         "stpm-build": "stpm.build.cli",
+        "stpm-compile": "stpm.build.gpu.cli",
         "stpm-run": "stpm.edge.cli",
         "stpm-eval": "stpm.tools.evaluate",
         "stpm-tune": "stpm.tools.tune",

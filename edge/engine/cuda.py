@@ -20,6 +20,8 @@ from stpm.edge.kernels.launches import KERNELS, PARAMETERS, Launch
 
 # A frame takes milliseconds. A GPU that is silent for this long hangs.
 LONGEST_WAIT_S = 2.0
+# CU_STREAM_NON_BLOCKING, for which pycuda has no name: not held up by what others put on the default stream
+NON_BLOCKING = 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Gpu:
             context = device.retain_primary_context()
             context.push()
             self._closing.callback(self._let_go_of, context)
-            self._stream = cuda.Stream(cuda.stream_flags.NON_BLOCKING)
+            self._stream = cuda.Stream(NON_BLOCKING)
             self._done = cuda.Event(cuda.event_flags.DISABLE_TIMING)
 
     @property

@@ -138,7 +138,6 @@ def pycuda_driver(machine: Machine) -> SimpleNamespace:
         Device=_device(machine),
         get_driver_version=lambda: (machine.call("get_driver_version"), machine.version)[1],
         device_attribute=SimpleNamespace(INTEGRATED="INTEGRATED"),
-        stream_flags=SimpleNamespace(NON_BLOCKING=1),
         event_flags=SimpleNamespace(DISABLE_TIMING=2),
         host_alloc_flags=SimpleNamespace(DEVICEMAP=2),
         Stream=lambda flags: (machine.call("Stream"), SimpleNamespace(handle=77))[1],
