@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 from cuda_on_cpu.library import Host, build
+from gpu.card import card, reason
 
 from stpm.edge.errors import RegionError
 from stpm.edge.kernels import launches
@@ -16,9 +17,13 @@ from stpm.edge.score import anomaly_map, level_map
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 110, 120)
 
 
-@pytest.fixture
-def device(library):
-    return Host(library)
+@pytest.fixture(params=["cpu", "gpu"])
+def device(request):
+    if request.param == "cpu":
+        return Host(request.getfixturevalue("library"))
+    if reason():
+        pytest.skip(reason())
+    return card()
 
 
 def call(device, frames=None, threshold=0.0):
@@ -245,6 +250,13 @@ def test_match_of_zeros(device):
     np.testing.assert_allclose(level_of(device, t, zero), 1, atol=1e-6)
     np.testing.assert_allclose(level_of(device, t, t), 0, atol=3e-7)
     np.testing.assert_allclose(level_of(device, t, 1000 * t), 0, atol=3e-7)
+
+
+def test_no_level_is_below_zero(device):
+    """`combine` compares the bits of the values, which would put a −1e-8 above everything."""
+    t = positive((1, 100, 16, 16), 0)
+    for factor in (1, 1.1, 3.7, 1e-3):
+        assert not np.signbit(level_of(device, t, np.float32(factor) * t)).any()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1e-3, 1e8, 1e17])
