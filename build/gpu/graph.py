@@ -13,10 +13,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from stpm.calibration.qdq import drop_unused_weights, in_head, replace_nodes
+from stpm.edge.engine.plan import INPUT
 from stpm.edge.errors import InputError
 from stpm.edge.kernels.launches import MOST_TAPS
 
-INPUT = "input"
 BATCH = "images"
 _BRANCH = re.compile(r"/(teacher|student)/([^/]+)/")
 

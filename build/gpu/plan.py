@@ -14,9 +14,10 @@ import msgspec
 import onnx
 from tqdm import tqdm
 
-from stpm.build.gpu.graph import INPUT, Network, for_tensorrt
+from stpm.build.gpu.graph import Network, for_tensorrt
 from stpm.build.gpu.kernels import compile_kernels, find_nvcc
 from stpm.edge.engine.cuda import Gpu
+from stpm.edge.engine.plan import INPUT, import_tensorrt, numbers
 from stpm.edge.errors import EngineError
 from stpm.edge.manifest import EngineFiles, Plan
 from stpm.edge.preprocess import Preprocess
@@ -44,7 +45,7 @@ class PlanOptions(msgspec.Struct, frozen=True):
 def check_gpu() -> None:
     """EngineError, or one of its kinds, when this machine cannot compile a plan."""
     Gpu().close()
-    _tensorrt()
+    import_tensorrt()
     find_nvcc()
 
 
@@ -60,7 +61,7 @@ def compile_tensorrt(
     # The driver is asked first: where there is none, TensorRT 8.6 ends the interpreter
     gpu = Gpu()
     try:
-        tensorrt = _tensorrt()
+        tensorrt = import_tensorrt()
         network = for_tensorrt(graph, options.int8_features)
         print(
             f"plan: TensorRT {tensorrt.__version__} compiles for {gpu.name} (SM {gpu.sm}); this takes minutes",
@@ -94,17 +95,6 @@ def compile_tensorrt(
     )
 
 
-def _tensorrt() -> Any:
-    try:
-        import tensorrt
-    except ImportError as error:
-        raise EngineError(
-            f"--backend tensorrt needs TensorRT, which cannot be loaded ({error}): pip install 'stpm-edge[tensorrt]', "
-            "or on a Jetson take the package of JetPack"
-        ) from error
-    return tensorrt
-
-
 def _cache(caches: Path, tensorrt: Any, gpu: Gpu) -> Path:
     """Timings hold for one TensorRT on one kind of GPU."""
     caches.mkdir(parents=True, exist_ok=True)
@@ -122,9 +112,9 @@ def _compile(
     try:
         with G_LOGGER.verbosity(G_LOGGER.WARNING), _progress(tensorrt) as monitor:
             builder, definition, parser = network_from_onnx_bytes(
-                network.model.SerializeToString(), strongly_typed=_major(tensorrt) >= 10
+                network.model.SerializeToString(), strongly_typed=numbers(tensorrt.__version__) >= [10]
             )
-            _set_formats(tensorrt, definition)
+            _set_formats(tensorrt, definition, len(options.batches))
             config = _config(tensorrt, builder, definition, preprocess, options, cache, monitor)
             _allow_precisions(tensorrt, network.model, config)
             plan = engine_bytes_from_network((builder, definition, parser), config, save_timing_cache=str(cache))
@@ -187,7 +177,7 @@ def _config(
 def _allow_precisions(tensorrt: Any, model: onnx.ModelProto, config: Any) -> None:
     """The flags without which a network that is not strongly typed stays in FP32. With Q/DQ nodes INT8 needs no
     calibrator, and its float parts may be FP16."""
-    if _major(tensorrt) >= 10:
+    if numbers(tensorrt.__version__) >= [10]:
         return
     int8 = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if int8:
@@ -204,11 +194,13 @@ def _profiles(batches: tuple[int, ...], preprocess: Preprocess) -> list[Any]:
     return [Profile().add(INPUT, min=shape, opt=shape, max=shape) for shape in shapes]
 
 
-def _set_formats(tensorrt: Any, definition: Any) -> None:
+def _set_formats(tensorrt: Any, definition: Any, profiles: int) -> None:
+    # an engine of 8.5 tells the formats of its first profile only
+    all_known = profiles == 1 or numbers(tensorrt.__version__) >= [8, 6]
     names = {getattr(tensorrt.DataType, name): name for name in FORMATS}
     for index in range(definition.num_outputs):
         output = definition.get_output(index)
-        formats = FORMATS[names[output.dtype]]
+        formats = FORMATS[names[output.dtype]] if all_known else ("LINEAR",)
         output.allowed_formats = sum(1 << int(getattr(tensorrt.TensorFormat, name)) for name in formats)
 
 
@@ -222,10 +214,6 @@ def _named(tensorrt: Any, members: Any, name: str) -> Any:
 def _sources(tensorrt: Any, config: Any) -> list[str]:
     used = config.get_tactic_sources()
     return [name for name, member in tensorrt.TacticSource.__members__.items() if used & 1 << int(member)]
-
-
-def _major(tensorrt: Any) -> int:
-    return int(tensorrt.__version__.split(".")[0])
 
 
 @contextmanager

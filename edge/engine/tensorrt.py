@@ -20,15 +20,14 @@ from stpm.edge.bundle import Bundle
 from stpm.edge.engine.base import ClosesOnExit, Inference, Inspection, check_input
 from stpm.edge.engine.cuda import Gpu, Shared
 from stpm.edge.engine.cuda_graph import Graph
-from stpm.edge.errors import EngineError, FrameError, PlanError
+from stpm.edge.engine.plan import INPUT, STUDENT, TEACHER, Networks, check_plan, import_tensorrt
+from stpm.edge.errors import EngineError, FrameError
 from stpm.edge.kernels import launches
-from stpm.edge.kernels.launches import CALL, DTYPES, FINDING, FP16, FP32, INT8, Features, Launch, Resize, Tap
-from stpm.edge.manifest import EngineFiles, Plan
+from stpm.edge.kernels.launches import CALL, DTYPES, FINDING, Features, Launch, Resize, Tap
+from stpm.edge.manifest import EngineFiles
 from stpm.edge.preprocess import Image, Preprocess, Tensor, widen_grey
 
-INPUT = "input"
 WARM_UP_RUNS = 5
-AGAIN = "compile the plan again with `stpm-compile --bundle DIR`"
 
 
 class TensorRtEngine(ClosesOnExit):
@@ -58,15 +57,15 @@ class TensorRtEngine(ClosesOnExit):
             # the driver is looked at first: TensorRT 8.6 ends the interpreter where there is none
             self._gpu = Gpu()
             self._closing.callback(self._gpu.close)
-            tensorrt = _tensorrt()
-            _check(plan, files.device, self._gpu, tensorrt.__version__, folder)
+            tensorrt = import_tensorrt()
+            check_plan(plan, files.device, self._gpu, tensorrt.__version__, folder)
             self._gpu.load((folder / plan.kernels).read_bytes())
-            engine = _deserialised(tensorrt, folder / files.main)
+            networks = Networks(tensorrt, folder / files.main, plan.scales)
             self._passes: dict[int, Pass] = {}
             self._frames: Frames | None = None
             self._closing.callback(self._let_go)
             for profile, images in enumerate(plan.batches):
-                self._passes[images] = Pass(self._gpu, tensorrt, engine, profile, images, preprocess, plan.scales)
+                self._passes[images] = Pass(self._gpu, networks, profile, images, preprocess)
             on_failure.pop_all()
         self._closed = False
         self._description = {
@@ -146,63 +145,36 @@ class TensorRtEngine(ClosesOnExit):
 class Pass:
     """A number of images through the networks and the head: a TensorRT context and the memory around it."""
 
-    def __init__(
-        self,
-        gpu: Gpu,
-        tensorrt: Any,
-        engine: Any,
-        profile: int,
-        images: int,
-        preprocess: Preprocess,
-        scales: dict[str, float],
-    ) -> None:
-        self._gpu, self._images = gpu, images
+    def __init__(self, gpu: Gpu, networks: Networks, profile: int, images: int, preprocess: Preprocess) -> None:
+        self._gpu, self._networks, self._profile, self._images = gpu, networks, profile, images
         height, width = preprocess.height, preprocess.width
-        self._context = engine.create_execution_context()
-        if self._context is None:
-            raise EngineError(
-                "TensorRT cannot make an execution context, most often for want of GPU memory: close other programs "
-                "that use the GPU"
-            )
-        if profile and not self._context.set_optimization_profile_async(profile, gpu.stream):
-            raise EngineError(f"TensorRT refuses profile {profile} of the plan: {AGAIN}")
-        if not self._context.set_input_shape(INPUT, (images, 3, height, width)):
-            raise EngineError(f"TensorRT refuses {images} images of {height}×{width}: {AGAIN}")
-        self._tensor = gpu.shared((images, 3, height, width), DTYPES[_kind(tensorrt, engine, INPUT)])
+        self._context = networks.context(profile, images, height, width, gpu.stream)
+        self._tensor = gpu.shared((images, 3, height, width), DTYPES[networks.kind(INPUT)])
+        self._context.set_tensor_address(INPUT, self._tensor.device)
         self.call = gpu.shared((1,), CALL)
         self.map = gpu.shared((images, height, width), np.float32)
         self.mask = gpu.shared((images, height, width), np.uint8)
         self.findings = gpu.shared((images,), FINDING)
-        self._context.set_tensor_address(INPUT, self._tensor.device)
-        taps = self._taps(tensorrt, engine, scales)
+        taps = [self._tap(name) for name in networks.taps]
         findings = self.findings.device
         self._match = launches.match(taps, findings, images)
         self._combine = launches.combine(
             taps, self.call.device, self.map.device, self.mask.device, findings, height, width, images
         )
 
-    def _taps(self, tensorrt: Any, engine: Any, scales: dict[str, float]) -> list[Tap]:
-        """The outputs `teacher/TAP` and `student/TAP`, in the engine's order, with memory for each."""
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        taps = []
-        for name in [name for name in names if name.startswith("teacher/")]:
-            _, channels, height, width = self._context.get_tensor_shape(name)
-            teacher, student = (
-                self._features(tensorrt, engine, each, channels, height * width, scales)
-                for each in (name, name.replace("teacher/", "student/", 1))
-            )
-            levels = self._gpu.allocate(self._images * height * width * 4)
-            taps.append(Tap(teacher, student, levels, channels, height, width))
-        return taps
+    def _tap(self, name: str) -> Tap:
+        """With memory for the features of both networks and for the level maps."""
+        _, channels, height, width = self._context.get_tensor_shape(TEACHER + name)
+        teacher, student = (self._features(side + name, channels, height * width) for side in (TEACHER, STUDENT))
+        levels = self._gpu.allocate(self._images * height * width * 4)
+        return Tap(teacher, student, levels, channels, height, width)
 
-    def _features(
-        self, tensorrt: Any, engine: Any, name: str, channels: int, pixels: int, scales: dict[str, float]
-    ) -> Features:
-        kind, vector = _kind(tensorrt, engine, name), _vector(tensorrt, engine, name, channels)
+    def _features(self, name: str, channels: int, pixels: int) -> Features:
+        kind, vector = self._networks.kind(name), self._networks.vector(name, channels, self._profile)
         size = self._images * -(-channels // vector) * vector * pixels * np.dtype(DTYPES[kind]).itemsize
         address = self._gpu.allocate(size)
         self._context.set_tensor_address(name, address)
-        return Features(address, kind, vector, scales[name] if kind == INT8 else 1.0)
+        return Features(address, kind, vector, self._networks.scale(name))
 
     @property
     def tensor(self) -> Shared:
@@ -224,7 +196,7 @@ class Pass:
 
     def enqueue_networks(self) -> None:
         if not self._context.execute_async_v3(self._gpu.stream):
-            raise EngineError("TensorRT failed on a frame: its message is above")
+            raise EngineError(f"TensorRT failed on a frame ({self._networks.complaint()})")
 
     def enqueue_head(self) -> None:
         self._gpu.launch(self._match)
@@ -332,85 +304,6 @@ class Frames:
                 f"wanted frames of {self._size[1]}×{self._size[0]} pixels like the first one, found {size[1]}×"
                 f"{size[0]}: set the camera to the size that the bundle was built for"
             )
-
-
-def _tensorrt() -> Any:
-    try:
-        import tensorrt
-    except ImportError as error:
-        raise EngineError(
-            f"this engine needs TensorRT, which cannot be loaded ({error}): pip install 'stpm-edge[tensorrt]', or on "
-            "a Jetson take the package of JetPack"
-        ) from error
-    return tensorrt
-
-
-def _check(plan: Plan, device: str, gpu: Gpu, version: str, folder: Path) -> None:
-    """PlanError when the plan was made for another GPU or TensorRT, naming both."""
-    major, minor = (int(number) for number in gpu.sm.split("."))
-    ampere_or_later = plan.hardware_compatible and major >= 8
-    same_version = version == plan.tensorrt
-    later_version = plan.version_compatible and _numbers(version) >= _numbers(plan.tensorrt)
-    if not ((gpu.sm == plan.sm or ampere_or_later) and (same_version or later_version)):
-        raise PlanError(
-            f"the engine in {folder} was compiled by TensorRT {plan.tensorrt} for {device} (SM {plan.sm}), and this "
-            f"machine has TensorRT {version} and {gpu.name} (SM {major}.{minor}): compile it here with "
-            f"`stpm-compile --bundle {folder}`"
-        )
-    if _numbers(gpu.driver)[0] < _numbers(plan.driver)[0]:
-        raise PlanError(
-            f"the engine in {folder} was compiled with a driver for CUDA {plan.driver}, and this machine's is for "
-            f"CUDA {gpu.driver}: install a newer driver, or compile it here with `stpm-compile --bundle {folder}`"
-        )
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".") if number.isdigit()]
-
-
-def _deserialised(tensorrt: Any, file: Path) -> Any:
-    messages: list[str] = []
-
-    class Log(tensorrt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            tensorrt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR):
-                messages.append(message)
-
-    try:
-        runtime = tensorrt.Runtime(Log())
-    except TypeError as error:  # what its constructor makes of a null pointer
-        raise EngineError(
-            f"TensorRT {tensorrt.__version__} does not start ({'; '.join(messages) or error}): check that it fits this "
-            "machine's driver"
-        ) from error
-    engine = runtime.deserialize_cuda_engine(file.read_bytes())
-    if engine is None:
-        raise PlanError(
-            f"TensorRT {tensorrt.__version__} cannot load {file} ({'; '.join(messages) or 'it gives no reason'}): "
-            f"{AGAIN}"
-        )
-    return engine
-
-
-def _kind(tensorrt: Any, engine: Any, name: str) -> int:
-    kinds = {tensorrt.DataType.FLOAT: FP32, tensorrt.DataType.HALF: FP16, tensorrt.DataType.INT8: INT8}
-    found = engine.get_tensor_dtype(name)
-    if found not in kinds:
-        raise PlanError(f"wanted {name} as FLOAT, HALF or INT8, found {found}: {AGAIN}")
-    return kinds[found]
-
-
-def _vector(tensorrt: Any, engine: Any, name: str, channels: int) -> int:
-    """How many channels of a pixel lie side by side."""
-    formats = tensorrt.TensorFormat
-    vectors = {formats.LINEAR: 1, formats.CHW4: 4, formats.CHW32: 32, formats.HWC8: -(-channels // 8) * 8}
-    found = engine.get_tensor_format(name)
-    if found not in vectors:
-        raise PlanError(f"wanted {name} as LINEAR, CHW4, CHW32 or HWC8, found {found}: {AGAIN}")
-    return vectors[found]
 
 
 def _on_gpu(frame: Any) -> tuple[int, int, int, int]:

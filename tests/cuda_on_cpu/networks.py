@@ -162,7 +162,7 @@ def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
         def get_tensor_dtype(self, name: str) -> Any:
             return member("DataType", self.kinds[name])
 
-        def get_tensor_format(self, name: str) -> Any:
+        def get_tensor_format(self, name: str, profile_index: int = 0) -> Any:
             return member("TensorFormat", self.facts["formats"].get(name, "LINEAR"))
 
         def create_execution_context(self) -> Any:
