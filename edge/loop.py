@@ -1,6 +1,6 @@
 """The line itself: self test, READY, one verdict per part until told to stop, and the safe state at the end.
 
-frame → preprocess → engine → score → verdict → part → wire
+frame → engine (preprocess, networks, score) → verdict → part → wire
 """
 
 import threading
@@ -60,6 +60,7 @@ class Line:
         self.summary = Summary()
         self._beat = Heartbeat(self.heartbeat_s)
         self._failures = 0
+        self._failure = EngineError
 
     def run(self, stop: threading.Event) -> Summary:
         """Judge frames until `stop` is set or the source ends. The last line on the wire is STOPPED or FAULT."""
@@ -118,7 +119,7 @@ class Line:
             f"{frame.name}{'  ' + verdict.reason if verdict.verdict == 'UNKNOWN' else ''}"
         )
         if self._failures >= FAILURES_IN_A_ROW:
-            raise EngineError(f"the engine has failed and does not recover, the last time: {verdict.reason}")
+            raise self._failure(f"the engine has failed and does not recover, the last time: {verdict.reason}")
 
     def _deliver(self, part: Part) -> None:
         try:
@@ -140,6 +141,7 @@ class Line:
         except EngineError as error:
             # a GPU that is gone does not come back: this part is rejected, and then the line stops
             self._failures += FAILURES_IN_A_ROW if isinstance(error, DeviceError) else 1
+            self._failure = type(error)
             return None, judge(None, threshold, str(error))
         except StpmError as error:
             return None, judge(None, threshold, str(error))

@@ -26,7 +26,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scales: dict[str, float]  # of the outputs that are int8: a stored value times this is the feature
     hardware_compatible: bool  # runs on later GPUs too, from Ampere on
     version_compatible: bool  # runs with later TensorRT versions too
-    settings: dict[str, bool | int]  # the other settings of the compiler, for the record
+    dla_core: int | None  # of a Jetson; None: the GPU alone
+    settings: dict[str, bool | int | str]  # the other settings of the compiler, for the record
 
 
 class EngineFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

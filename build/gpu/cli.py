@@ -4,8 +4,10 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
+import numpy as np
 import onnx
 
 from stpm.build.gpu.plan import PlanOptions, compile_tensorrt
@@ -14,6 +16,7 @@ from stpm.edge.bundle import MANIFEST, Bundle, file_hash, find_bundle, open_bund
 from stpm.edge.cli import count
 from stpm.edge.command import parser, run_command
 from stpm.edge.engine.tensorrt import TensorRtEngine
+from stpm.edge.errors import SelfTestError
 from stpm.edge.manifest import Manifest, encode
 from stpm.edge.selftest import self_test
 from stpm.edge.storage import new_folder
@@ -79,6 +82,13 @@ def add_plan_options(options: argparse.ArgumentParser) -> None:
     add("--version-compatible", action="store_true", help="let it run with later TensorRT versions; from 8.6")
     add("--dla", type=int, metavar="CORE", help="put what it can on this DLA core (Jetson)")
     add(
+        "--stem",
+        choices=("float", "int8", "apart"),
+        default=default.stem,
+        help="where the common first convolution is divided for the two networks, or that there is none "
+        f"(default: {default.stem})",
+    )
+    add(
         "--int8-features",
         action="store_true",
         help="hand features to the kernels as INT8 where they are quantised anyway",
@@ -98,6 +108,7 @@ def plan_options(chosen: argparse.Namespace) -> PlanOptions:
         chosen.version_compatible,
         chosen.dla,
         chosen.int8_features,
+        chosen.stem,
     )
 
 
@@ -107,21 +118,39 @@ def compile_bundle(bundle: Bundle, options: PlanOptions, work: Path) -> Manifest
     SelfTestError when the engine's answers to the golden frames are not the recorded ones.
     """
     manifest = bundle.manifest
-    with new_folder(bundle.path) as folder:
-        for name in manifest.files:
-            shutil.copy2(bundle.path / name, folder / name)
-        graph = onnx.load(folder / manifest.graph)
-        files = compile_tensorrt(graph, manifest.preprocess, folder, options, work)
-        with TensorRtEngine.of_files(folder, files, manifest.preprocess) as engine:
+    with TemporaryDirectory() as place:
+        made = Path(place)
+        graph = onnx.load(bundle.path / manifest.graph)
+        files = compile_tensorrt(graph, manifest.preprocess, made, options, work)
+        with TensorRtEngine.of_files(made, files, manifest.preprocess) as engine:
             deviation = self_test(bundle, engine)
+            _check_batches(bundle, engine)
         print(f"self test passed: largest deviation {deviation:.2%} of the golden scores", flush=True)
         manifest = msgspec.structs.replace(
             manifest,
             engines=manifest.engines | {"tensorrt": files},
-            files=manifest.files | {name: file_hash(folder / name) for name in files.names},
+            files=manifest.files | {name: file_hash(made / name) for name in files.names},
         )
-        (folder / MANIFEST).write_bytes(encode(manifest))
+        with new_folder(bundle.path) as folder:
+            for name in manifest.files:
+                shutil.copy2((made if name in files.names else bundle.path) / name, folder / name)
+            (folder / MANIFEST).write_bytes(encode(manifest))
     return manifest
+
+
+def _check_batches(bundle: Bundle, engine: TensorRtEngine) -> None:
+    """Every number of images has memory formats of its own, and the self test sees one image at a time only."""
+    golden, spec = bundle.golden(), bundle.manifest.preprocess
+    for images in engine.batches:
+        chosen = np.arange(images) % len(golden.frames)
+        found = engine.infer(np.concatenate([spec(golden.frames[index]) for index in chosen]))
+        deviation = float(np.max(np.abs(found.scores - golden.scores[chosen]) / golden.scores[chosen]))
+        if not deviation <= bundle.manifest.golden.tolerance:
+            raise SelfTestError(
+                f"the engine fails its self test with {images} images at once: it differs by {deviation:.2%} of the "
+                f"recorded score and {bundle.manifest.golden.tolerance:.2%} is allowed; compile without "
+                f"--engine-batch {images}"
+            )
 
 
 def _report(manifest: Manifest) -> str:

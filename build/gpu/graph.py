@@ -3,10 +3,16 @@
 The features of the taps become the outputs `teacher/TAP` and `student/TAP`; edge/kernels make the score of them. The
 two first convolutions read the same image, so they become one with twice the channels, which is exact. The rest stays
 two branches of one engine: as grouped convolutions TensorRT's INT8 is slower, and it does not join branches itself.
+
+Where int8 follows the stem it can be divided in two places. As float: every branch keeps its own Q/DQ, which every
+version can take. As int8: the convolution writes int8 itself, a quarter of the memory, but with one scale; so the
+student is scaled as a whole until its scale there is the teacher's. Its integers stay the same, and cosines do not see
+it.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -29,11 +35,14 @@ class Network:
     scales: dict[str, float]
 
 
-def for_tensorrt(model: onnx.ModelProto, int8_features: bool = False) -> Network:
+Stem = Literal["float", "int8", "apart"]
+
+
+def for_tensorrt(model: onnx.ModelProto, int8_features: bool = False, stem: Stem = "float") -> Network:
     """fp32.onnx, fp16.onnx or int8.onnx of a bundle, for any number of images.
 
-    With `int8_features`, taps that the next block reads as int8 leave as int8 too. Whatever is not two pyramids with
-    the same taps is an InputError.
+    With `int8_features`, taps that the next block reads as int8 leave as int8 too. `stem` says how the first
+    convolutions are joined, or that they stay apart. Whatever is not two pyramids with the same taps is an InputError.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -41,7 +50,8 @@ def for_tensorrt(model: onnx.ModelProto, int8_features: bool = False) -> Network
     del graph.value_info[:]
     _half_input(graph)
     features = _cut_head(result, int8_features)
-    _fuse_stems(graph)
+    if stem != "apart":
+        _fuse_stems(graph, divide_int8=stem == "int8")
     scales = {name: _scale_of(graph, name) for name, kind in features.items() if kind == TensorProto.INT8}
     for value in (*graph.input, *graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = BATCH
@@ -132,10 +142,6 @@ class _Stem:
     pool: onnx.NodeProto
     pair: tuple[onnx.NodeProto, onnx.NodeProto] | None
 
-    @property
-    def end(self) -> str:
-        return self.pair[1].output[0] if self.pair else self.pool.output[0]
-
 
 def _stems(graph: onnx.GraphProto) -> list[_Stem]:
     """Of teacher and student; empty where they are not alike."""
@@ -164,19 +170,20 @@ def _only(graph: onnx.GraphProto, tensor: str, kind: str) -> onnx.NodeProto | No
     return readers[0] if len(readers) == 1 and readers[0].op_type == kind else None
 
 
-def _fuse_stems(graph: onnx.GraphProto) -> None:
+def _fuse_stems(graph: onnx.GraphProto, divide_int8: bool) -> None:
     stems = _stems(graph)
     producers = _producers(graph)
     weights = [_weight_pair(producers, stem.conv) for stem in stems]
     if not stems or (weights[0] is None) != (weights[1] is None):
         return
     teacher, student = stems
-    if teacher.pair and student.pair:
-        # One convolution can write int8 with one scale only. The student is scaled until its scale is the teacher's:
-        # its integers stay the same, and cosines do not see it.
+    nodes, removed = [], [node for stem in stems for node in (stem.conv, stem.relu, stem.pool)]
+    quantise = None
+    if divide_int8 and teacher.pair and student.pair:
+        quantise = teacher.pair[0]
         wanted, found = (_value(graph, pair[0].input[1]) for pair in (teacher.pair, student.pair))
         _scale_student(graph, float(wanted / found))
-    nodes, removed = [], [node for stem in stems for node in (stem.conv, stem.relu, stem.pool, *(stem.pair or ()))]
+        removed += [teacher.pair[0], student.pair[0]]
     for index, role in enumerate(("weight", "bias"), start=1):
         names = [stem.conv.input[index] for stem in stems]
         if role == "weight" and weights[0] and weights[1]:
@@ -186,7 +193,7 @@ def _fuse_stems(graph: onnx.GraphProto) -> None:
             nodes += _quantised_weight(graph, np.concatenate(scales))
         values = np.concatenate([_value(graph, name) for name in names])
         graph.initializer.append(numpy_helper.from_array(values, f"stem.conv1.{role}"))
-    nodes += _joined(teacher, student, weights[0] is not None)
+    nodes += _joined(teacher, student, weights[0] is not None, quantise)
     first = min(list(graph.node).index(node) for node in removed)
     kept = [node for node in graph.node if node not in removed]
     # everything before the first convolution makes its input; weights may come anywhere before their use
@@ -216,7 +223,9 @@ def _quantised_weight(graph: onnx.GraphProto, scale: np.ndarray) -> list[onnx.No
     ]
 
 
-def _joined(teacher: _Stem, student: _Stem, quantised_weight: bool) -> list[onnx.NodeProto]:
+def _joined(
+    teacher: _Stem, student: _Stem, quantised_weight: bool, quantise: onnx.NodeProto | None
+) -> list[onnx.NodeProto]:
     def like(node: onnx.NodeProto, name: str, inputs: list[str]) -> onnx.NodeProto:
         made = helper.make_node(node.op_type, inputs, [f"/stem/{name}_output"], f"/stem/{name}")
         made.attribute.extend(node.attribute)
@@ -226,9 +235,11 @@ def _joined(teacher: _Stem, student: _Stem, quantised_weight: bool) -> list[onnx
     nodes = [like(teacher.conv, "conv1/Conv", [teacher.conv.input[0], weight, "stem.conv1.bias"])]
     nodes.append(like(teacher.relu, "relu/Relu", [nodes[-1].output[0]]))
     nodes.append(like(teacher.pool, "maxpool/MaxPool", [nodes[-1].output[0]]))
-    for node, name in zip(teacher.pair or (), ("maxpool/Q", "maxpool/DQ"), strict=False):
-        nodes.append(like(node, name, [nodes[-1].output[0], *node.input[1:]]))
-    nodes.append(helper.make_node("Split", [nodes[-1].output[0]], [teacher.end, student.end], "/stem/Split", axis=1))
+    ends = [stem.pool.output[0] for stem in (teacher, student)]
+    if quantise is not None:
+        nodes.append(like(quantise, "maxpool/Q", [nodes[-1].output[0], *quantise.input[1:]]))
+        ends = [stem.pair[0].output[0] for stem in (teacher, student) if stem.pair]
+    nodes.append(helper.make_node("Split", [nodes[-1].output[0]], ends, "/stem/Split", axis=1))
     return nodes
 
 

@@ -21,12 +21,17 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def compile_kernels(sm: str, target: Path) -> None:
-    """Write the kernels for a GPU of compute capability `sm`, as "8.7". EngineError when the compiler will not."""
+def compile_kernels(sm: str, target: Path, for_later: bool = False) -> None:
+    """Write the kernels for a GPU of compute capability `sm`, as "8.7", and `for_later` in a form that the driver
+    compiles for any GPU from Ampere on. EngineError when the compiler will not."""
     nvcc = find_nvcc()
     macros = [f"-D{name}={value}" for name, value in MACROS.items()]
-    architecture = f"-arch=sm_{sm.replace('.', '')}"
-    command = [nvcc, "-cubin", "-O3", "-std=c++17", architecture, *macros, str(SOURCE), "-o", str(target)]
+    number = sm.replace(".", "")
+    form = ["-cubin", f"-arch=sm_{number}"]
+    if for_later:
+        native = f"arch=compute_{number},code=sm_{number}"
+        form = ["-fatbin", "-gencode", native, "-gencode", "arch=compute_80,code=compute_80"]
+    command = [nvcc, *form, "-O3", "-std=c++17", *macros, str(SOURCE), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         lines = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]

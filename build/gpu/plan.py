@@ -5,6 +5,7 @@ say; before, the builder must also be allowed FP16 and INT8. What a version does
 the numbers behind the names differ between versions.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import msgspec
 import onnx
 from tqdm import tqdm
 
-from stpm.build.gpu.graph import Network, for_tensorrt
+from stpm.build.gpu.graph import Network, Stem, for_tensorrt
 from stpm.build.gpu.kernels import compile_kernels, find_nvcc
 from stpm.edge.engine.cuda import Gpu
 from stpm.edge.engine.plan import INPUT, import_tensorrt, numbers
@@ -40,6 +41,7 @@ class PlanOptions(msgspec.Struct, frozen=True):
     version_compatible: bool = False
     dla_core: int | None = None
     int8_features: bool = False
+    stem: Stem = "float"
 
 
 def check_gpu() -> None:
@@ -62,20 +64,21 @@ def compile_tensorrt(
     gpu = Gpu()
     try:
         tensorrt = import_tensorrt()
-        network = for_tensorrt(graph, options.int8_features)
+        network = for_tensorrt(graph, options.int8_features, options.stem)
         print(
             f"plan: TensorRT {tensorrt.__version__} compiles for {gpu.name} (SM {gpu.sm}); this takes minutes",
             flush=True,
         )
         plan, sources = _compile(tensorrt, network, preprocess, options, _cache(caches, tensorrt, gpu))
         (folder / PLAN).write_bytes(plan)
-        compile_kernels(gpu.sm, folder / KERNELS)
+        compile_kernels(gpu.sm, folder / KERNELS, options.hardware_compatible)
     finally:
         gpu.close()
-    settings: dict[str, bool | int] = {
+    elsewhere = ("hardware_compatible", "version_compatible", "dla_core")
+    settings: dict[str, bool | int | str] = {
         name: value
         for name, value in msgspec.structs.asdict(options).items()
-        if isinstance(value, int) and name not in ("hardware_compatible", "version_compatible")
+        if isinstance(value, int | str) and name not in elsewhere
     }
     return EngineFiles(
         PLAN,
@@ -90,15 +93,17 @@ def compile_tensorrt(
             network.scales,
             options.hardware_compatible,
             options.version_compatible,
+            options.dla_core,
             settings,
         ),
     )
 
 
 def _cache(caches: Path, tensorrt: Any, gpu: Gpu) -> Path:
-    """Timings hold for one TensorRT on one kind of GPU."""
+    """Timings hold for one TensorRT on one kind of GPU with one driver: another one would refuse the whole file."""
     caches.mkdir(parents=True, exist_ok=True)
-    return caches / f"tensorrt-{tensorrt.__version__}-{gpu.name.replace(' ', '-')}.timing"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"tensorrt-{tensorrt.__version__}-{gpu.name}-sm{gpu.sm}-cuda{gpu.driver}")
+    return caches / f"{name}.timing"
 
 
 def _compile(
@@ -162,6 +167,8 @@ def _config(
     if options.version_compatible:
         settings["version_compatible"] = True
     if options.dla_core is not None:
+        if any(output.dtype == tensorrt.DataType.FLOAT for output in _outputs(definition)):
+            raise EngineError("a DLA computes in FP16, and in this graph there is FP32: build with --engine fp16")
         cores = builder.num_DLA_cores
         if options.dla_core >= cores:
             raise EngineError(f"wanted DLA core {options.dla_core}, found {cores} cores on this GPU: leave --dla away")
@@ -198,10 +205,13 @@ def _set_formats(tensorrt: Any, definition: Any, profiles: int) -> None:
     # an engine of 8.5 tells the formats of its first profile only
     all_known = profiles == 1 or numbers(tensorrt.__version__) >= [8, 6]
     names = {getattr(tensorrt.DataType, name): name for name in FORMATS}
-    for index in range(definition.num_outputs):
-        output = definition.get_output(index)
+    for output in _outputs(definition):
         formats = FORMATS[names[output.dtype]] if all_known else ("LINEAR",)
         output.allowed_formats = sum(1 << int(getattr(tensorrt.TensorFormat, name)) for name in formats)
+
+
+def _outputs(definition: Any) -> list[Any]:
+    return [definition.get_output(index) for index in range(definition.num_outputs)]
 
 
 def _named(tensorrt: Any, members: Any, name: str) -> Any:
@@ -224,29 +234,47 @@ def _progress(tensorrt: Any) -> Iterator[Any]:
         return
 
     class Monitor(tensorrt.IProgressMonitor):  # type: ignore[misc]
+        """TensorRT takes no exception from here: Ctrl-C is remembered, and ends the compilation at its next step."""
+
         def __init__(self) -> None:
             tensorrt.IProgressMonitor.__init__(self)
             self.bar: Any = None
             self.outermost = ""
+            self.interrupted = False
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            if parent_phase is None:
-                self.outermost = phase_name
-                self.bar = tqdm(total=num_steps, desc="compiling", unit="step", disable=None, leave=False)
+            with self._remembering():
+                if parent_phase is None:
+                    self.outermost = phase_name
+                    self.bar = tqdm(total=num_steps, desc="compiling", unit="step", disable=None, leave=False)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if self.bar is not None and phase_name == self.outermost:
-                self.bar.n = step
-                self.bar.refresh()
-            return True
+            with self._remembering():
+                if self.bar is not None and phase_name == self.outermost:
+                    self.bar.n = step
+                    self.bar.refresh()
+            return not self.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
-            if self.bar is not None and phase_name == self.outermost:
-                self.bar.close()
+            with self._remembering():
+                if self.bar is not None and phase_name == self.outermost:
+                    self.bar.close()
+
+        @contextmanager
+        def _remembering(self) -> Iterator[None]:
+            try:
+                yield
+            except KeyboardInterrupt:
+                self.interrupted = True
 
     monitor = Monitor()
     try:
         yield monitor
+    except Exception as error:
+        # a compilation that was interrupted ends as one that failed
+        if monitor.interrupted:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         if monitor.bar is not None:
             monitor.bar.close()

@@ -8,26 +8,27 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from stpm.edge.engine.cuda_graph import Graph, capture
+from stpm.edge.engine.cuda_graph import Graph, capture, pop_context
 from stpm.edge.errors import DeviceError, EngineError
 from stpm.edge.kernels.launches import KERNELS, PARAMETERS, Launch
 
-# A frame takes milliseconds. A GPU that is silent for this long hangs.
+# A frame takes milliseconds. A GPU that is silent for this long hangs; the first run may take longer.
 LONGEST_WAIT_S = 2.0
+LONGEST_SET_UP_S = 30.0
 # CU_STREAM_NON_BLOCKING, for which pycuda has no name: not held up by what others put on the default stream
 NON_BLOCKING = 1
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A host array that the GPU can reach. On a Jetson both see the same memory at `device`; beside a card, the GPU
-    has a copy there, which `send` and `fetch` keep up to date."""
+    """A host array and where the GPU has it: the same memory when it is mapped, else a copy that `send` and `fetch`
+    keep up to date."""
 
     host: npt.NDArray[Any]
     device: int
@@ -69,6 +70,7 @@ class Gpu:
             context = device.retain_primary_context()
             context.push()
             self._closing.callback(self._let_go_of, context)
+            self._closing.callback(self._drop_stream)
             self._stream = cuda.Stream(NON_BLOCKING)
             self._done = cuda.Event(cuda.event_flags.DISABLE_TIMING)
 
@@ -85,16 +87,24 @@ class Gpu:
         return int(memory)
 
     def shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Shared:
-        """Pinned memory, mapped where host and GPU have one memory; zero at first."""
-        cuda, flags = self._cuda, self._cuda.host_alloc_flags
+        """Memory that both sides touch once a frame: mapped where host and GPU have one memory, else `staged`."""
+        if not self._integrated:
+            return self.staged(shape, dtype)
+        host = self._pinned(shape, dtype, self._cuda.host_alloc_flags.DEVICEMAP)
+        with self._translated("map pinned memory"):
+            return Shared(host, int(host.base.get_device_pointer()), True)
+
+    def staged(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Shared:
+        """Memory of the GPU, which caches it, with a pinned copy on the host."""
+        host = self._pinned(shape, dtype, 0)
+        return Shared(host, self.allocate(host.nbytes), False)
+
+    def _pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike, flags: int) -> Any:
         with self._translated("allocate pinned memory"):
-            host = cuda.pagelocked_empty(shape, dtype, mem_flags=flags.DEVICEMAP if self._integrated else 0)
+            host = self._cuda.pagelocked_empty(shape, dtype, mem_flags=flags)
         self._closing.callback(self._free, host.base)
         host[...] = np.zeros((), dtype)
-        if self._integrated:
-            with self._translated("map pinned memory"):
-                return Shared(host, int(host.base.get_device_pointer()), True)
-        return Shared(host, self.allocate(host.nbytes), False)
+        return host
 
     def constant(self, array: npt.NDArray[Any]) -> int:
         """The address of a copy of the array."""
@@ -140,18 +150,20 @@ class Gpu:
         with self._translated("launch the graph"):
             graph.launch(self.stream)
 
-    def wait(self) -> None:
+    def wait(self, longest_s: float | None = None) -> None:
         """Until the stream is done. A GPU that hangs, or that is lost on the way, is a DeviceError."""
-        deadline = monotonic() + LONGEST_WAIT_S
+        longest_s = LONGEST_WAIT_S if longest_s is None else longest_s
+        deadline = monotonic() + longest_s
         with self._translated("finish the frame"):
             self._done.record(self._stream)
             # polled, because a synchronising call would wait for a hanging GPU for ever
             while not self._done.query():
                 if monotonic() > deadline:
                     raise DeviceError(
-                        f"the GPU has not answered for {LONGEST_WAIT_S:g} s: look for errors of the driver with "
+                        f"the GPU has not answered for {longest_s:g} s: look for errors of the driver with "
                         "`dmesg | grep -i -e nvrm -e xid`, and restart the machine if it does not recover"
                     )
+                sleep(0)  # pycuda keeps the interpreter to itself, and the camera's thread wants it too
 
     def timed(self, stages: dict[str, Callable[[], None]]) -> dict[str, float]:
         """Milliseconds that the GPU spends in each of the stages, which are enqueued one after the other."""
@@ -211,11 +223,17 @@ class Gpu:
         with contextlib.suppress(self._cuda.Error):
             memory.free()
 
+    def _drop_stream(self) -> None:
+        # pycuda gives them back with their context only while that is there
+        self._stream = self._done = None
+
     def _let_go_of(self, context: Any) -> None:
         with contextlib.suppress(self._cuda.Error):
             context.pop()
         with contextlib.suppress(self._cuda.Error):
             context.detach()
+            # to release a primary context pycuda pushes it once more, and leaves it there
+            pop_context()
 
 
 def _pycuda() -> Any:
@@ -225,6 +243,11 @@ def _pycuda() -> Any:
         if "libcuda" in str(error):
             raise DeviceError(
                 f"this machine has no NVIDIA driver ({error}): install it, or run with --backend openvino"
+            ) from error
+        if "undefined symbol" in str(error):
+            raise DeviceError(
+                f"the NVIDIA driver is older than the CUDA that pycuda was built with ({error}): install a newer "
+                "driver, or build pycuda again on this machine"
             ) from error
         raise EngineError(
             f"TensorRT engines need pycuda, which cannot be loaded ({error}): pip install 'stpm-edge[tensorrt]'"

@@ -1,4 +1,4 @@
-"""CUDA graphs through the driver's own library, the only calls that pycuda does not have."""
+"""CUDA graphs through the driver's own library: calls that pycuda does not have."""
 
 import ctypes
 from collections.abc import Callable
@@ -49,6 +49,11 @@ def capture(stream: int, enqueue: Callable[[], None]) -> Graph:
         driver().cuGraphDestroy(graph)
     assert executable.value is not None
     return Graph(executable.value)
+
+
+def pop_context() -> None:
+    """Take the current context off this thread's stack."""
+    _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
 @cache

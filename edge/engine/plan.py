@@ -1,5 +1,8 @@
 """A TensorRT plan: whether it is for this machine, and what is in it."""
 
+import contextlib
+from collections import deque
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +33,17 @@ def check_plan(plan: Plan, device: str, gpu: Gpu, version: str, folder: Path) ->
     major, minor = (int(number) for number in gpu.sm.split("."))
     ampere_or_later = plan.hardware_compatible and major >= 8
     same_version = version == plan.tensorrt
-    later_version = plan.version_compatible and numbers(version) >= numbers(plan.tensorrt)
-    if not ((gpu.sm == plan.sm or ampere_or_later) and (same_version or later_version)):
+    later_version = plan.version_compatible and _loads(version, plan.tensorrt)
+    same_gpu = (gpu.sm, gpu.name) == (plan.sm, device)
+    if not ((same_gpu or ampere_or_later) and (same_version or later_version)):
         raise PlanError(
             f"the engine in {folder} was compiled by TensorRT {plan.tensorrt} for {device} (SM {plan.sm}), and this "
             f"machine has TensorRT {version} and {gpu.name} (SM {major}.{minor}): compile it here with "
             f"`stpm-compile --bundle {folder}`"
         )
-    if numbers(gpu.driver)[0] < numbers(plan.driver)[0]:
+    # the kernels of a plan for other GPUs are compiled by the driver, which must know their form
+    known = slice(None) if plan.hardware_compatible else slice(1)
+    if numbers(gpu.driver)[known] < numbers(plan.driver)[known]:
         raise PlanError(
             f"the engine in {folder} was compiled with a driver for CUDA {plan.driver}, and this machine's is for "
             f"CUDA {gpu.driver}: install a newer driver, or compile it here with `stpm-compile --bundle {folder}`"
@@ -47,16 +53,21 @@ def check_plan(plan: Plan, device: str, gpu: Gpu, version: str, folder: Path) ->
 class Networks:
     """The plan, loaded. What TensorRT says while it works is kept for the next error."""
 
-    def __init__(self, tensorrt: Any, file: Path, scales: dict[str, float]) -> None:
-        self._tensorrt, self._scales = tensorrt, scales
-        self._messages: list[str] = []
+    def __init__(self, tensorrt: Any, file: Path, plan: Plan) -> None:
+        self._tensorrt, self._scales = tensorrt, plan.scales
+        logger, self._messages = _log(tensorrt)
+        self.complaint()  # of an earlier engine
         try:
-            runtime = tensorrt.Runtime(_logger(tensorrt, self._messages))
+            runtime = tensorrt.Runtime(logger)
         except TypeError as error:  # what its constructor makes of a null pointer
             raise EngineError(
                 f"TensorRT {tensorrt.__version__} does not start ({self.complaint()}): check that it fits this "
                 "machine's driver"
             ) from error
+        if plan.version_compatible:
+            runtime.engine_host_code_allowed = True  # such a plan brings its own runtime
+        if plan.dla_core is not None:
+            runtime.DLA_core = plan.dla_core
         self._engine = runtime.deserialize_cuda_engine(file.read_bytes())
         if self._engine is None:
             raise PlanError(
@@ -83,6 +94,10 @@ class Networks:
         if not context.set_input_shape(INPUT, (images, 3, height, width)):
             raise EngineError(f"TensorRT refuses {images} images of {height}×{width} ({self.complaint()}): {AGAIN}")
         return context
+
+    def bind(self, context: Any, name: str, address: int) -> None:
+        if not context.set_tensor_address(name, address):
+            raise EngineError(f"TensorRT refuses the memory for {name} ({self.complaint()}): {AGAIN}")
 
     @property
     def taps(self) -> list[str]:
@@ -115,18 +130,32 @@ class Networks:
         return vectors[found]
 
 
-def _logger(tensorrt: Any, messages: list[str]) -> Any:
+@cache
+def _log(tensorrt: Any) -> tuple[Any, deque[str]]:
+    """The logger and its newest errors. One for all engines and for ever: TensorRT keeps a single pointer to it."""
+    messages: deque[str] = deque(maxlen=20)
+    severe = (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR)
+
     class Log(tensorrt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             tensorrt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR):
-                messages.append(message)
+            # an exception that leaves this method, Ctrl-C for one, ends the process
+            with contextlib.suppress(BaseException):
+                if severity in severe:
+                    messages.append(message)
 
-    return Log()
+    return Log(), messages
 
 
 def numbers(version: str) -> list[int]:
     """To compare versions by."""
     return [int(number) for number in version.split(".") if number.isdigit()]
+
+
+def _loads(version: str, of: str) -> bool:
+    """Whether this TensorRT may load version-compatible plans of that one: 8 → 10 and 10 → 11, but not 8 → 11."""
+    oldest = {10: 8, 11: 10}
+    major = numbers(version)[0]
+    return numbers(version) >= numbers(of) and numbers(of)[0] >= oldest.get(major, major - 1)

@@ -7,9 +7,9 @@ The engine ends at the features of the taps; the head is edge/kernels. Nothing i
 sets the size of the frames, and the power-on self test brings it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import numpy as np
 
 from stpm.edge.bundle import Bundle
 from stpm.edge.engine.base import ClosesOnExit, Inference, Inspection, check_input
-from stpm.edge.engine.cuda import Gpu, Shared
+from stpm.edge.engine.cuda import LONGEST_SET_UP_S, LONGEST_WAIT_S, Gpu, Shared
 from stpm.edge.engine.cuda_graph import Graph
-from stpm.edge.engine.plan import INPUT, STUDENT, TEACHER, Networks, check_plan, import_tensorrt
-from stpm.edge.errors import EngineError, FrameError
+from stpm.edge.engine.plan import AGAIN, INPUT, STUDENT, TEACHER, Networks, check_plan, import_tensorrt
+from stpm.edge.errors import EngineError, FrameError, PlanError
 from stpm.edge.kernels import launches
 from stpm.edge.kernels.launches import CALL, DTYPES, FINDING, Features, Launch, Resize, Tap
 from stpm.edge.manifest import EngineFiles
@@ -60,13 +60,15 @@ class TensorRtEngine(ClosesOnExit):
             tensorrt = import_tensorrt()
             check_plan(plan, files.device, self._gpu, tensorrt.__version__, folder)
             self._gpu.load((folder / plan.kernels).read_bytes())
-            networks = Networks(tensorrt, folder / files.main, plan.scales)
+            networks = Networks(tensorrt, folder / files.main, plan)
             self._passes: dict[int, Pass] = {}
             self._frames: Frames | None = None
             self._closing.callback(self._let_go)
             for profile, images in enumerate(plan.batches):
                 self._passes[images] = Pass(self._gpu, networks, profile, images, preprocess)
             on_failure.pop_all()
+        # what runs on a DLA cannot be captured
+        self._captures = plan.dla_core is None
         self._closed = False
         self._description = {
             "backend": "tensorrt",
@@ -75,6 +77,11 @@ class TensorRtEngine(ClosesOnExit):
             "sm": self._gpu.sm,
             "driver": f"CUDA {self._gpu.driver}",
         }
+
+    @property
+    def batches(self) -> list[int]:
+        """The numbers of images that there are profiles for; `infer` cuts what it gets into these."""
+        return sorted(self._passes)
 
     def warm_up(self) -> None:
         height, width = self._preprocess.height, self._preprocess.width
@@ -91,20 +98,27 @@ class TensorRtEngine(ClosesOnExit):
     def inspect(self, frame: Image, threshold: float, with_map: bool = False) -> Inspection:
         self._check_open()
         frame = widen_grey(frame)
-        if self._frames is None:
-            self._frames = Frames(self._gpu, self._passes[1], self._preprocess, *frame.shape[:2])
-        return self._frames.inspect(frame, threshold, with_map)
+        return self._frames_of(*frame.shape[:2]).inspect(frame, threshold, with_map)
 
     def inspect_on_gpu(self, frame: Any, threshold: float, with_map: bool = False) -> Inspection:
         """A frame that lies on the GPU already, uint8 H×W×3 BGR with `__cuda_array_interface__`; it is not copied.
 
-        Rows may be padded. FrameError for another shape, type or size than that of the frames before.
+        Rows may be padded. Whoever wrote it must be done: its stream is not waited for. FrameError for another shape,
+        type or size than that of the frames before.
         """
         self._check_open()
         height, width, address, pitch = _on_gpu(frame)
+        return self._frames_of(height, width).inspect_on_gpu((height, width), address, pitch, threshold, with_map)
+
+    def _frames_of(self, height: int, width: int) -> "Frames":
+        """Set up by the first frame. When that fails the engine is closed: there is no second first frame."""
         if self._frames is None:
-            self._frames = Frames(self._gpu, self._passes[1], self._preprocess, height, width)
-        return self._frames.inspect_on_gpu((height, width), address, pitch, threshold, with_map)
+            try:
+                self._frames = Frames(self._gpu, self._passes[1], self._preprocess, height, width, self._captures)
+            except EngineError:
+                self.close()
+                raise
+        return self._frames
 
     def profile(self, frame: Image, runs: int) -> dict[str, list[float]]:
         self.inspect(frame, np.inf)
@@ -149,11 +163,11 @@ class Pass:
         self._gpu, self._networks, self._profile, self._images = gpu, networks, profile, images
         height, width = preprocess.height, preprocess.width
         self._context = networks.context(profile, images, height, width, gpu.stream)
-        self._tensor = gpu.shared((images, 3, height, width), DTYPES[networks.kind(INPUT)])
-        self._context.set_tensor_address(INPUT, self._tensor.device)
+        self._tensor = gpu.staged((images, 3, height, width), DTYPES[networks.kind(INPUT)])
+        networks.bind(self._context, INPUT, self._tensor.device)
         self.call = gpu.shared((1,), CALL)
-        self.map = gpu.shared((images, height, width), np.float32)
-        self.mask = gpu.shared((images, height, width), np.uint8)
+        self.map = gpu.staged((images, height, width), np.float32)
+        self.mask = gpu.staged((images, height, width), np.uint8)
         self.findings = gpu.shared((images,), FINDING)
         taps = [self._tap(name) for name in networks.taps]
         findings = self.findings.device
@@ -164,7 +178,10 @@ class Pass:
 
     def _tap(self, name: str) -> Tap:
         """With memory for the features of both networks and for the level maps."""
-        _, channels, height, width = self._context.get_tensor_shape(TEACHER + name)
+        shape = tuple(self._context.get_tensor_shape(TEACHER + name))
+        if len(shape) != 4 or min(shape) < 1:
+            raise PlanError(f"wanted features of images × channels × height × width, found {shape} at {name}: {AGAIN}")
+        _, channels, height, width = shape
         teacher, student = (self._features(side + name, channels, height * width) for side in (TEACHER, STUDENT))
         levels = self._gpu.allocate(self._images * height * width * 4)
         return Tap(teacher, student, levels, channels, height, width)
@@ -173,7 +190,7 @@ class Pass:
         kind, vector = self._networks.kind(name), self._networks.vector(name, channels, self._profile)
         size = self._images * -(-channels // vector) * vector * pixels * np.dtype(DTYPES[kind]).itemsize
         address = self._gpu.allocate(size)
-        self._context.set_tensor_address(name, address)
+        self._networks.bind(self._context, name, address)
         return Features(address, kind, vector, self._networks.scale(name))
 
     @property
@@ -191,7 +208,7 @@ class Pass:
         self.enqueue_head()
         self._gpu.fetch(self.map)
         self._gpu.fetch(self.findings)
-        self._gpu.wait()
+        self._gpu.wait(LONGEST_WAIT_S * self._images)
         return self.map.host.copy(), self.findings.host["score"].copy()
 
     def enqueue_networks(self) -> None:
@@ -203,21 +220,14 @@ class Pass:
         self._gpu.launch(self._combine)
 
     def close(self) -> None:
-        self._context = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """A way for frames to come in, and its captured graph."""
-
-    enqueue: Callable[[], None]
-    graph: Graph
+        """Let go of TensorRT's objects; the memory belongs to the GPU."""
+        del self._context, self._networks
 
 
 class Frames:
     """Frames of one size, from the camera's pixels to score and box, through a pass of one image."""
 
-    def __init__(self, gpu: Gpu, one: Pass, preprocess: Preprocess, height: int, width: int) -> None:
+    def __init__(self, gpu: Gpu, one: Pass, preprocess: Preprocess, height: int, width: int, captures: bool) -> None:
         self._gpu, self._pass, self._size = gpu, one, (height, width)
         resize = Resize.of(preprocess, height, width)
         rows, columns = (
@@ -229,21 +239,20 @@ class Frames:
         self._launch: Launch = launches.preprocess(
             preprocess, rows, columns, resize.half_up, one.call.device, one.tensor.device, half, 1
         )
-        self._from_host = self._source(partial(self._enqueue_frame, copied=True))
-        self._from_gpu = self._source(partial(self._enqueue_frame, copied=False))
-
-    def _source(self, enqueue_frame: Callable[[], None]) -> Source:
-        def enqueue() -> None:
-            enqueue_frame()
-            self._pass.enqueue_networks()
-            self._pass.enqueue_head()
-            self._gpu.fetch(self._pass.findings)
-
-        self._call(self._pixels.device, self._size[1] * 3, np.inf)
+        self._call(self._pixels.device, width * 3, np.inf)
         # once for real, because TensorRT sets things up that must not be captured
-        enqueue()
-        self._gpu.wait()
-        return Source(enqueue, self._gpu.captured(enqueue))
+        self._enqueue(copied=True)
+        gpu.wait(LONGEST_SET_UP_S)
+        # a graph for frames that are copied to the GPU, and one for those that are there
+        self._graphs: dict[bool, Graph] = {}
+        if captures:
+            self._graphs = {copied: gpu.captured(partial(self._enqueue, copied)) for copied in (True, False)}
+
+    def _enqueue(self, copied: bool) -> None:
+        self._enqueue_frame(copied)
+        self._pass.enqueue_networks()
+        self._pass.enqueue_head()
+        self._gpu.fetch(self._pass.findings)
 
     def _enqueue_frame(self, copied: bool) -> None:
         if copied:
@@ -255,14 +264,14 @@ class Frames:
         self._check_size(frame.shape[:2])
         np.copyto(self._pixels.host, frame)
         self._call(self._pixels.device, self._size[1] * 3, threshold)
-        return self._run(self._from_host, with_map)
+        return self._run(True, with_map)
 
     def inspect_on_gpu(
         self, size: tuple[int, int], address: int, pitch: int, threshold: float, with_map: bool
     ) -> Inspection:
         self._check_size(size)
         self._call(address, pitch, threshold)
-        return self._run(self._from_gpu, with_map)
+        return self._run(False, with_map)
 
     def timed(self) -> dict[str, float]:
         """Milliseconds of the parts of the frame that came last, without the graph."""
@@ -276,14 +285,17 @@ class Frames:
         )
 
     def close(self) -> None:
-        self._from_host.graph.close()
-        self._from_gpu.graph.close()
+        for graph in self._graphs.values():
+            graph.close()
 
     def _call(self, address: int, pitch: int, threshold: float) -> None:
         self._pass.call.host[0] = (address, pitch, 0, threshold, 0)
 
-    def _run(self, source: Source, with_map: bool) -> Inspection:
-        self._gpu.replay(source.graph)
+    def _run(self, copied: bool, with_map: bool) -> Inspection:
+        if copied in self._graphs:
+            self._gpu.replay(self._graphs[copied])
+        else:
+            self._enqueue(copied)
         if with_map:
             self._gpu.fetch(self._pass.map)
             self._gpu.fetch(self._pass.mask)
@@ -317,7 +329,9 @@ def _on_gpu(frame: Any) -> tuple[int, int, int, int]:
     shape, kind = tuple(interface["shape"]), interface["typestr"]
     if len(shape) != 3 or shape[2] != 3 or kind != "|u1":
         raise FrameError(f"wanted a frame of uint8 H×W×3 (BGR) on the GPU, found {kind} {shape}: convert it first")
-    row, pixel, channel = interface.get("strides") or (shape[1] * 3, 3, 1)
-    if (pixel, channel) != (3, 1):
+    address, (row, pixel, channel) = int(interface["data"][0]), interface.get("strides") or (shape[1] * 3, 3, 1)
+    if (pixel, channel) != (3, 1) or row < 3 * shape[1]:
         raise FrameError(f"wanted pixels of 3 bytes side by side, found strides {row, pixel, channel}: copy it first")
-    return shape[0], shape[1], int(interface["data"][0]), row
+    if not address:
+        raise FrameError("wanted a frame on the GPU, found one whose memory is not there: make it again")
+    return shape[0], shape[1], address, row

@@ -223,7 +223,11 @@ class Event:
 
 class Module:
     def __init__(self, machine: Machine, cubin: bytes) -> None:
+        # the words of the compiler's command line
         assert cubin.startswith(b"pretended cubin"), "not what the compiler wrote"
+        native = f"sm_{machine.sm[0]}{machine.sm[1]}".encode()
+        if native not in cubin and b"code=compute_80" not in cubin:
+            raise LogicError("cuModuleLoadDataEx failed: no kernel image is available for execution on the device")
         self._machine = machine
 
     def get_function(self, name: str) -> "Function":
@@ -262,7 +266,7 @@ def _addresses(value: np.void | np.ndarray) -> list[int]:
 
 def _pinned(machine: Machine, shape: tuple[int, ...], dtype: object, flags: int) -> np.ndarray:
     machine.call("pagelocked_empty")
-    assert bool(flags) == machine.integrated
+    assert not flags or machine.integrated
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = Memory(machine, size)
 
@@ -336,6 +340,9 @@ class Libcuda:
 
     def cuGetErrorString(self, status: int, text: object) -> int:  # noqa: N802
         text._obj.value = b"unspecified launch failure"
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context: object) -> int:  # noqa: N802
         return 0
 
     def _give(self, handle: object, work: list[Callable[[], None]]) -> None:

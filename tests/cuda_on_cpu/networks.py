@@ -6,6 +6,7 @@ A plan is the network as ONNX, with the formats of its outputs and the profiles.
 import ctypes
 import pickle
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,11 @@ from stpm.edge.kernels.launches import DTYPES, FP16, FP32, INT8
 
 KINDS = {"FLOAT": FP32, "HALF": FP16, "INT8": INT8}
 ONNX_TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int8)": "INT8"}
+
+
+@cache
+def _session(model: bytes) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(model)
 
 
 def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
@@ -108,6 +114,8 @@ def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
             machine.config = module().__surface__.recorder("IBuilderConfig")
             machine.config.get_tactic_sources.return_value = 0b11
             machine.config.num_optimization_profiles = 0
+            machine.config.set_flag.side_effect = lambda flag: machine.flags.add(flag.name)
+            machine.flags = set()
             return machine.config
 
         def build_serialized_network(self, network: INetworkDefinition, config: Any) -> Any:
@@ -121,6 +129,8 @@ def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
                 "model": network.model,
                 "batches": [profile.shapes["input"][0] for profile in profiles],
                 "formats": formats,
+                "version compatible": "VERSION_COMPATIBLE" in machine.flags,
+                "DLA core": config.DLA_core if config.default_device_type.name == "DLA" else None,
             }
             return pickle.dumps(plan)
 
@@ -133,6 +143,8 @@ def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
         def __init__(self, logger: Any) -> None:
             _construct("Runtime")
             self._logger = logger
+            self.engine_host_code_allowed = False
+            self.DLA_core = None
 
         def deserialize_cuda_engine(self, plan: bytes) -> Any:
             if not machine.answers("deserialize_cuda_engine"):
@@ -143,12 +155,16 @@ def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
                 severity = module().ILogger.Severity.ERROR
                 self._logger.log(severity, "the plan does not begin with the magic tag")
                 return None
+            if facts["version compatible"] and not self.engine_host_code_allowed:
+                self._logger.log(module().ILogger.Severity.ERROR, "Lean runtime: host code is not allowed")
+                return None
+            assert facts["DLA core"] == self.DLA_core, "for another DLA core"
             return ICudaEngine(facts)
 
     class ICudaEngine:
         def __init__(self, facts: dict[str, Any]) -> None:
             self.facts = facts
-            self.session = onnxruntime.InferenceSession(facts["model"])
+            self.session = _session(facts["model"])
             values = (*self.session.get_inputs(), *self.session.get_outputs())
             self.names = [value.name for value in values]
             self.kinds = {value.name: ONNX_TYPES[value.type] for value in values}
@@ -163,7 +179,11 @@ def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
             return member("DataType", self.kinds[name])
 
         def get_tensor_format(self, name: str, profile_index: int = 0) -> Any:
-            return member("TensorFormat", self.facts["formats"].get(name, "LINEAR"))
+            return member("TensorFormat", self.format_of(name, profile_index))
+
+        def format_of(self, name: str, profile: int) -> str:
+            """The first profile has the format that is hardest to read, the others have LINEAR."""
+            return self.facts["formats"].get(name, "LINEAR") if profile == 0 else "LINEAR"
 
         def create_execution_context(self) -> Any:
             return IExecutionContext(self) if machine.answers("create_execution_context") else None
@@ -171,11 +191,11 @@ def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
     class IExecutionContext:
         def __init__(self, engine: ICudaEngine) -> None:
             self._engine, self._addresses = engine, {}
-            self._images = engine.facts["batches"][0]
+            self._images, self._profile = engine.facts["batches"][0], 0
             self._warm = False
 
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-            self._images = self._engine.facts["batches"][index]
+            self._images, self._profile = self._engine.facts["batches"][index], index
             return machine.answers("set_optimization_profile_async")
 
         def set_input_shape(self, name: str, shape: Any) -> bool:
@@ -193,6 +213,7 @@ def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
             assert stream == 77
             assert set(self._addresses) == set(self._engine.names), "tensors without an address"
             assert machine.captured is None or self._warm, "captured before it ran once"
+            assert machine.captured is None or self._engine.facts["DLA core"] is None, "a DLA cannot be captured"
             if not machine.answers("execute_async_v3"):
                 return False
             (machine.pending if machine.captured is None else machine.captured).append(self._run)
@@ -205,7 +226,7 @@ def behaviours(machine: Machine, module: Any) -> Mapping[str, Any]:
             image = self._view("input", self.get_tensor_shape("input"))
             names = self._engine.names[1:]
             for name, value in zip(names, self._engine.session.run(names, {"input": image}), strict=True):
-                format_name = self._engine.facts["formats"][name]
+                format_name = self._engine.format_of(name, self._profile)
                 vector = {"LINEAR": 1, "CHW32": 32, "HWC8": -(-value.shape[1] // 8) * 8}[format_name]
                 images, channels, height, width = value.shape
                 padded = np.zeros((images, -(-channels // vector) * vector, height, width), value.dtype)

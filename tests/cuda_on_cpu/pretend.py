@@ -14,7 +14,7 @@ from tensorrt_api import surface
 NVCC = """#!/bin/sh
 # the last word is the file to write
 for word; do last=$word; done
-echo "pretended cubin" > "$last"
+echo "pretended cubin $*" > "$last"
 """
 
 
