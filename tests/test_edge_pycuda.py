@@ -27,7 +27,7 @@ def life():
     random = np.random.default_rng(0)
     frames = [random.integers(0, 256, (128, 128, 3), np.uint8) for _ in range(2)]
     pixels, call = gpu.shared((128, 128, 3), np.uint8), gpu.shared((1,), CALL)
-    tensor, findings = gpu.shared((1, 3, 64, 64), np.float32), gpu.shared((1,), FINDING)
+    tensor, findings = gpu.staged((1, 3, 64, 64), np.float32), gpu.shared((1,), FINDING)
     resize = Resize.of(spec, 128, 128)
     axes = [
         tuple(gpu.constant(each) for each in (axis.start, axis.offset, axis.weight))

@@ -46,6 +46,8 @@ class Gpu:
         self._owner = threading.get_ident()
         self._closing = ExitStack()
         self._functions: dict[str, Any] = {}
+        self._stream: Any = None
+        self._done: Any = None
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._closing.close)
             self._open(index)
@@ -181,8 +183,9 @@ class Gpu:
 
     def settle(self) -> None:
         """Wait, and take it as done when that fails: before memory goes that something may still be using."""
-        with contextlib.suppress(DeviceError):
-            self.wait()
+        if self._done is not None:
+            with contextlib.suppress(DeviceError):
+                self.wait()
 
     def close(self) -> None:
         self.check_thread()

@@ -19,6 +19,7 @@ using Work = std::function<void()>;
 std::vector<Work>* capture = nullptr;
 std::set<void*> memory;
 int contexts = 0;  // retained, and not yet released
+int handles = 0;   // streams and events
 std::vector<void*> current;
 
 int enqueue(Work work) {
@@ -125,12 +126,12 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     });
 }
 
-int cuStreamCreate(void** stream, unsigned) { return *stream = new int(7), OK; }
-int cuStreamDestroy_v2(void* stream) { return delete static_cast<int*>(stream), OK; }
+int cuStreamCreate(void** stream, unsigned) { return ++handles, *stream = new int(7), OK; }
+int cuStreamDestroy_v2(void* stream) { return --handles, delete static_cast<int*>(stream), OK; }
 int cuStreamSynchronize(void*) { return capture ? CAPTURING : OK; }
 int cuStreamQuery(void*) { return capture ? CAPTURING : OK; }
-int cuEventCreate(void** event, unsigned) { return *event = new double(0), OK; }
-int cuEventDestroy_v2(void* event) { return delete static_cast<double*>(event), OK; }
+int cuEventCreate(void** event, unsigned) { return ++handles, *event = new double(0), OK; }
+int cuEventDestroy_v2(void* event) { return --handles, delete static_cast<double*>(event), OK; }
 int cuEventRecord(void* event, void*) {
     return enqueue([=] { *static_cast<double*>(event) = now(); });
 }
@@ -161,5 +162,5 @@ int cuGraphDestroy(void* graph) { return delete static_cast<std::vector<Work>*>(
 int cuGraphExecDestroy(void* executable) { return cuGraphDestroy(executable); }
 
 // For the tests: what was not given back.
-int stpm_left() { return static_cast<int>(memory.size()) + contexts; }
+int stpm_left() { return static_cast<int>(memory.size() + current.size()) + contexts + handles; }
 }
