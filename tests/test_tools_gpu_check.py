@@ -17,13 +17,15 @@ from gpu.several import several
 
 from stpm.edge.bundle import MANIFEST, open_bundle
 from stpm.edge.manifest import encode
-from stpm.tools import gpu_check, gpu_check_base, gpu_check_kernels, gpu_check_rivals
-from stpm.tools.gpu_check_base import FailedError, Job, Result, Sizes, SkippedError, interleaved
-from stpm.tools.gpu_check_engines import engines, int8_against_fp16, with_plan
-from stpm.tools.gpu_check_inspector import findings, inspector, layers_of, untold
-from stpm.tools.gpu_check_kernels import against_reference
-from stpm.tools.gpu_check_rivals import rivals
-from stpm.tools.gpu_check_times import graph_latency, times
+from stpm.tools import gpu_check
+from stpm.tools.gpu import base, kernels
+from stpm.tools.gpu import rivals as rival_engines
+from stpm.tools.gpu.base import FailedError, Job, Result, Sizes, SkippedError, interleaved
+from stpm.tools.gpu.engines import VARIANTS, engines, int8_against_fp16, with_plan
+from stpm.tools.gpu.inspector import findings, inspector, layers_of, untold
+from stpm.tools.gpu.kernels import against_reference
+from stpm.tools.gpu.rivals import rivals
+from stpm.tools.gpu.times import graph_latency, times
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Sizes(
@@ -92,19 +94,19 @@ def test_kernels_are_compared_with_the_definition(computing, tmp_path):
     ],
 )
 def test_kernels_that_are_not_the_definition_fail(computing, tmp_path, monkeypatch, name, wrong):
-    monkeypatch.setattr(gpu_check_kernels, name, wrong)
+    monkeypatch.setattr(kernels, name, wrong)
     with pytest.raises(FailedError, match=r"differ from edge/score\.py") as caught:
         against_reference(job_of(tmp_path))
     assert caught.value.figures["largest_difference"]
 
 
 def test_a_finding_that_is_not_that_of_the_map_fails(computing, tmp_path, monkeypatch):
-    combine, set_threshold = gpu_check_kernels.launches.combine, gpu_check_kernels.Head.set_threshold
-    monkeypatch.setattr(gpu_check_kernels.launches, "combine", lambda *words: combine(*words[:-3], 8, *words[-2:]))
+    combine, set_threshold = kernels.launches.combine, kernels.Head.set_threshold
+    monkeypatch.setattr(kernels.launches, "combine", lambda *words: combine(*words[:-3], 8, *words[-2:]))
     with pytest.raises(FailedError, match="the finding is not that of the map, on fp32"):
         against_reference(job_of(tmp_path))
-    monkeypatch.setattr(gpu_check_kernels.launches, "combine", combine)
-    monkeypatch.setattr(gpu_check_kernels.Head, "set_threshold", lambda self, value: set_threshold(self, 2 * value))
+    monkeypatch.setattr(kernels.launches, "combine", combine)
+    monkeypatch.setattr(kernels.Head, "set_threshold", lambda self, value: set_threshold(self, 2 * value))
     with pytest.raises(FailedError, match="the finding is not that of the map, on fp32"):
         against_reference(Job([], 1, tmp_path / "job", tmp_path))
 
@@ -156,38 +158,54 @@ def test_the_graph_is_captured_once_and_replayed_for_every_frame(machine, tmp_pa
 
 def test_an_engine_is_made_tested_and_timed(computing, bundles, tmp_path):
     job = job_of(tmp_path, bundles["fp16"], sizes=Sizes(batches=(1,), warm_up=0), runs=1)
-    (found,) = engines(job).figures
+    found = engines(job).figures.measured[0]
     assert 0 < found.deviation <= 0.01
     assert found.engine["tensorrt"].startswith("10.3")
     assert (found.inspect.count, found.infer["1"].count, found.per_image_ms) == (1, 1, found.infer["1"].p50)
     assert "tensorrt" not in open_bundle(bundles["fp16"].path).manifest.engines  # a copy got the plan
 
 
-def test_int8_is_made_with_and_without_int8_features(tolerant, tmp_path):
+def test_a_variant_that_is_refused_does_not_end_the_check(tolerant, tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "int8 stem", {"dla_core": 0})
+    figures = engines(job_of(tmp_path, tolerant["int8"])).figures
+    assert [each.variant for each in figures.measured] == ["plain", "stems apart", "int8 features"]
+    (why,) = figures.refused.values()
+    assert "DLA" in why
+    monkeypatch.setitem(VARIANTS, "plain", {"dla_core": 0})
+    (tmp_path / "again").mkdir()
+    with pytest.raises(base.StpmError, match="DLA"):
+        engines(job_of(tmp_path / "again", tolerant["int8"]))
+
+
+def test_bundles_are_compiled_in_every_way(tolerant, tmp_path):
     result = engines(job_of(tmp_path, tolerant["fp16"], tolerant["int8"]))
-    assert [(each.precision, each.int8_features) for each in result.figures] == [
-        ("fp16", False),
-        ("int8", False),
-        ("int8", True),
+    assert [(each.precision, each.variant) for each in result.figures.measured] == [
+        ("fp16", "plain"),
+        ("fp16", "stems apart"),
+        ("int8", "plain"),
+        ("int8", "stems apart"),
+        ("int8", "int8 stem"),
+        ("int8", "int8 features"),
     ]
-    for each in result.figures:
+    assert result.figures.refused == {}
+    for each in result.figures.measured:
         assert each.deviation == pytest.approx(1)
         assert set(each.infer) == {"1", "2"}
         assert each.per_image_ms == each.infer["2"].p50 / 2
         assert each.inside == {"preprocess": 0.25, "pyramids": 0.25, "head": 0.25}
         assert each.inspect.count == 2
-    assert "int8 with int8 features: inspect p50" in result.line
+    assert "int8 int8 features: inspect p50" in result.line
     msgspec.json.encode(result.figures)
 
 
 def test_a_plan_that_fails_its_self_test_fails_the_check(machine, bundles, tmp_path):
     """This GPU computes nothing. The bundle is not compiled a second time."""
     job = job_of(tmp_path, bundles["fp16"])
-    check, reason = gpu_check_base.ended("engines", engines, job, lambda: 0.0)
+    check, reason = base.ended("engines", engines, job, lambda: 0.0)
     assert (check.state, check.figures) == ("failed", None)
     assert "fails its self test" in reason
     before = len(machine.calls)
-    with pytest.raises(gpu_check_base.StpmError, match="fails its self test"):
+    with pytest.raises(base.StpmError, match="fails its self test"):
         with_plan(job, bundles["fp16"].path)
     assert len(machine.calls) == before
 
@@ -409,13 +427,12 @@ def no_compiler(monkeypatch):
 
 def test_rivals_run_in_turn_with_the_engines(tolerant, tmp_path, monkeypatch):
     torches = {"torch eager fp32": lambda: None}, {"torch.compile fp32": "no Triton here"}
-    monkeypatch.setattr(gpu_check_rivals, "_torch", lambda device, tensor: torches)
+    monkeypatch.setattr(rival_engines, "_torch", lambda device, tensor: torches)
     job = job_of(tmp_path, tolerant["int8"])
     found = rivals(job).figures
     one, two = found.rounds
     assert list(one.latency) == [
         "TensorRT int8",
-        "TensorRT int8 int8 features",
         "torch eager fp32",
         "ONNX Runtime int8",
     ]
@@ -444,12 +461,12 @@ def test_rivals_without_bundle_or_gpu(tmp_path, no_compiler):
 def test_onnxruntime_that_falls_back_is_left_out(bundles, tmp_path, monkeypatch):
     tensor = np.zeros((1, 3, 256, 256), np.float32)
     with pytest.raises(FailedError, match="has no CUDAExecutionProvider: install onnxruntime-gpu"):
-        gpu_check_rivals._onnxruntime_run(bundles["fp32"].path, "CUDAExecutionProvider", tensor)
+        rival_engines._onnxruntime_run(bundles["fp32"].path, "CUDAExecutionProvider", tensor)
     with pytest.raises(FailedError, match="another size"):
-        gpu_check_rivals._onnxruntime_run(bundles["fp32"].path, "CPUExecutionProvider", tensor[:, :, :64])
+        rival_engines._onnxruntime_run(bundles["fp32"].path, "CPUExecutionProvider", tensor[:, :, :64])
     monkeypatch.setattr("onnxruntime.InferenceSession.get_providers", lambda self: ["SomethingElse"])
     with pytest.raises(FailedError, match="cannot use CPUExecutionProvider here"):
-        gpu_check_rivals._onnxruntime_run(bundles["fp32"].path, "CPUExecutionProvider", tensor)
+        rival_engines._onnxruntime_run(bundles["fp32"].path, "CPUExecutionProvider", tensor)
 
 
 def test_contenders_take_turns_and_broken_ones_are_left_out():
@@ -657,7 +674,7 @@ def script(folder, name, text):
 def test_clocks_are_those_of_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     script(tmp_path, "nvidia-smi", 'echo "580.1, 345 MHz, 1980 MHz, 76.5 W, [N/A], 31"')
-    assert gpu_check_base.clocks() == {
+    assert base.clocks() == {
         "driver_version": "580.1",
         "clocks.sm": "345 MHz",
         "clocks.max.sm": "1980 MHz",
@@ -666,25 +683,25 @@ def test_clocks_are_those_of_nvidia_smi(tmp_path, monkeypatch):
         "temperature.gpu": "31",
     }
     script(tmp_path, "nvidia-smi", 'echo "Field is not a valid field"; exit 2')
-    assert gpu_check_base.clocks() == {"nvidia-smi": "Field is not a valid field"}
+    assert base.clocks() == {"nvidia-smi": "Field is not a valid field"}
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "No such file" in gpu_check_base.clocks()["nvidia-smi"]
+    assert "No such file" in base.clocks()["nvidia-smi"]
 
 
 def test_the_commit_is_known_in_a_checkout_only(tmp_path, monkeypatch):
     if shutil.which("git") is None:
         pytest.skip("no git")
-    monkeypatch.setattr(gpu_check_base, "ROOT", tmp_path)
-    assert gpu_check_base.commit() is None
+    monkeypatch.setattr(base, "ROOT", tmp_path)
+    assert base.commit() is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
         subprocess.run([*git, *words], check=True)
-    clean = gpu_check_base.commit()
+    clean = base.commit()
     assert len(clean) == 40
     (tmp_path / "new").write_text("")
-    assert gpu_check_base.commit() == clean + "+"
+    assert base.commit() == clean + "+"
     monkeypatch.setenv("PATH", "/nowhere")
-    assert gpu_check_base.commit() is None
+    assert base.commit() is None
 
 
 # the shell script

@@ -12,12 +12,12 @@ passed, failed or skipped, and figures are
 
     tests      {summary}: the GPU tests, by pytest
     kernels    {largest_difference, tolerance} by kernel, against edge/score.py and edge/preprocess.py
-    head       HeadTimes in gpu_check_times.py: µs of match + combine and of preprocess, beside the time of a copy
+    head       HeadTimes in gpu/times.py: µs of match + combine and of preprocess, beside the time of a copy
     graph      GraphTimes there: ms from the launch of a graph of the three kernels to its answer
-    engines    list of EngineTimes in gpu_check_engines.py: ms of each bundle's TensorRT engine
-    rivals     Rivals in gpu_check_rivals.py: TensorRT, torch eager, torch.compile and ONNX Runtime in turn
-    int8       Ratio in gpu_check_engines.py: INT8 beside FP16 in turn
-    inspector  list of Inspected in gpu_check_inspector.py: layers that an INT8 engine should not have
+    engines    Engines in gpu/engines.py: ms of each bundle's TensorRT engine, compiled in several ways
+    rivals     Rivals in gpu/rivals.py: TensorRT, torch eager, torch.compile and ONNX Runtime in turn
+    int8       Ratio in gpu/engines.py: INT8 beside FP16 in turn
+    inspector  list of Inspected in gpu/inspector.py: layers that an INT8 engine should not have
     sanitizer  {tool: summary}: compute-sanitizer over the kernels' tests
 
 and null where a check gave none. A stage's percentiles are {count, p50, p90, p99, max} in milliseconds.
@@ -40,7 +40,7 @@ from stpm.edge.cli import count
 from stpm.edge.command import parser, run_command
 from stpm.edge.engine.cuda import Gpu
 from stpm.edge.storage import write_json
-from stpm.tools.gpu_check_base import (
+from stpm.tools.gpu.base import (
     ROOT,
     Check,
     FailedError,
@@ -54,11 +54,11 @@ from stpm.tools.gpu_check_base import (
     machine,
     needed,
 )
-from stpm.tools.gpu_check_engines import engines, int8_against_fp16
-from stpm.tools.gpu_check_inspector import inspector
-from stpm.tools.gpu_check_kernels import against_reference
-from stpm.tools.gpu_check_rivals import rivals
-from stpm.tools.gpu_check_times import graph_latency, times
+from stpm.tools.gpu.engines import engines, int8_against_fp16
+from stpm.tools.gpu.inspector import inspector
+from stpm.tools.gpu.kernels import against_reference
+from stpm.tools.gpu.rivals import rivals
+from stpm.tools.gpu.times import graph_latency, times
 
 SCHEMA = 1
 TOOLKIT = "/usr/local/cuda/bin"  # where compute-sanitizer lies when it is not on PATH

@@ -152,6 +152,8 @@ def _config(
         "profiles": _profiles(options.batches, preprocess),
         "memory_pool_limits": {tensorrt.MemoryPoolType.WORKSPACE: options.workspace_mib * MIB},
         "load_timing_cache": str(cache) if cache.is_file() else None,
+        # for the engine inspector: which layers were fused, in which types
+        "profiling_verbosity": tensorrt.ProfilingVerbosity.DETAILED,
     }
     if options.tactic_sources is not None:
         members = tensorrt.TacticSource.__members__

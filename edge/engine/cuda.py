@@ -112,7 +112,9 @@ class Gpu:
         """The address of a copy of the array."""
         address = self.allocate(array.nbytes)
         with self._translated("copy to the GPU"):
-            self._cuda.memcpy_htod(address, array)
+            # on our stream: it does not wait for the default one, where a plain copy may still be under way
+            self._cuda.memcpy_htod_async(address, array, self._stream)
+        self.wait()
         return address
 
     def load(self, cubin: bytes) -> None:
@@ -235,7 +237,8 @@ class Gpu:
             context.pop()
         with contextlib.suppress(self._cuda.Error):
             context.detach()
-            # to release a primary context pycuda pushes it once more, and leaves it there
+        # to release a primary context pycuda pushes it once more, and leaves it there
+        with contextlib.suppress(DeviceError):
             pop_context()
 
 

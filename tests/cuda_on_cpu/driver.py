@@ -145,7 +145,6 @@ def pycuda_driver(machine: Machine) -> SimpleNamespace:
         mem_alloc=lambda size: (machine.call("mem_alloc"), Memory(machine, size))[1],
         mem_get_info=lambda: (machine.call("mem_get_info"), (3 << 20, 8 << 20))[1],
         pagelocked_empty=lambda shape, dtype, mem_flags=0: _pinned(machine, shape, dtype, mem_flags),
-        memcpy_htod=lambda device, host: _copy(machine, "memcpy_htod", device, host.ctypes.data, host.nbytes, None),
         memcpy_htod_async=lambda device, host, stream: _copy(
             machine, "memcpy_htod_async", device, host.ctypes.data, host.nbytes, stream
         ),

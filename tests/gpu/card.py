@@ -8,7 +8,7 @@ from pathlib import Path
 from stpm.build.gpu.kernels import compile_kernels
 from stpm.edge.engine.cuda import Gpu
 from stpm.edge.errors import EngineError
-from stpm.tools.gpu_check_base import Memory
+from stpm.tools.gpu.base import Memory
 
 
 class Card(Memory):

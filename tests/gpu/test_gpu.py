@@ -23,8 +23,8 @@ from stpm.edge.errors import DeviceError, EngineError, PlanError
 from stpm.edge.manifest import encode
 from stpm.edge.score import bounding_box
 from stpm.edge.selftest import self_test
-from stpm.tools.gpu_check_base import Memory, Sizes, opened
-from stpm.tools.gpu_check_kernels import Chain
+from stpm.tools.gpu.base import Memory, Sizes, opened
+from stpm.tools.gpu.kernels import Chain
 
 SMALL = Sizes(taps=((16, 8), (32, 4)), network=32)
 SLACK = 16 << 20  # what a driver may keep for itself

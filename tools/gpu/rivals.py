@@ -18,8 +18,8 @@ from stpm.edge.engine import open_engine
 from stpm.edge.errors import StpmError
 from stpm.edge.latency import Percentiles
 from stpm.edge.preprocess import Tensor
-from stpm.tools.gpu_check_base import FailedError, Job, Result, SkippedError, first_line, interleaved, needed
-from stpm.tools.gpu_check_engines import batch_of, variants, with_plan
+from stpm.tools.gpu.base import FailedError, Job, Result, SkippedError, first_line, interleaved, needed
+from stpm.tools.gpu.engines import batch_of, variants, with_plan
 
 Contenders = dict[str, Callable[[], object]]
 Reasons = dict[str, str]
@@ -83,13 +83,13 @@ def _tensor(job: Job, images: int) -> Tensor:
 
 
 def _tensorrt(job: Job, stack: ExitStack) -> tuple[dict[str, Any], Reasons]:
-    """Engines of all bundles, open until the stack closes."""
+    """Engines of all bundles, compiled as they are by default, open until the stack closes."""
     found, reasons = {}, {}
     try:
-        for path, int8_features in variants(job):
-            name = f"TensorRT {path.name}{' int8 features' if int8_features else ''}"
+        for path in [path for path, variant in variants(job) if variant == "plain"]:
+            name = f"TensorRT {path.name}"
             try:
-                bundle, _ = with_plan(job, path, int8_features)
+                bundle, _ = with_plan(job, path)
                 found[name] = stack.enter_context(open_engine(bundle, "tensorrt"))
             except StpmError as error:
                 reasons[name] = str(error)

@@ -12,8 +12,8 @@ from stpm.edge.engine.cuda import Gpu
 from stpm.edge.errors import DeviceError
 from stpm.edge.kernels.launches import CALL
 from stpm.edge.latency import Latency, Percentiles
-from stpm.tools.gpu_check_base import Job, Memory, Result, Sizes, opened
-from stpm.tools.gpu_check_kernels import FORMATS, Chain, Head, Resized, cubin, head_of
+from stpm.tools.gpu.base import Job, Memory, Result, Sizes, opened
+from stpm.tools.gpu.kernels import FORMATS, Chain, Head, Resized, cubin, head_of
 
 
 class HeadTime(msgspec.Struct, frozen=True):

@@ -9,8 +9,8 @@ import msgspec
 
 from stpm.edge.bundle import Bundle, open_bundle
 from stpm.edge.engine.cuda import Gpu
-from stpm.tools.gpu_check_base import FailedError, Job, Result, SkippedError
-from stpm.tools.gpu_check_engines import with_plan
+from stpm.tools.gpu.base import FailedError, Job, Result, SkippedError
+from stpm.tools.gpu.engines import with_plan
 
 
 class Inspected(msgspec.Struct, frozen=True):

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,13 +17,21 @@ from stpm.edge.errors import StpmError
 from stpm.edge.latency import Percentiles
 from stpm.edge.preprocess import Tensor
 from stpm.edge.selftest import self_test
-from stpm.tools.gpu_check_base import FailedError, Job, Result, SkippedError, interleaved, needed
+from stpm.tools.gpu.base import FailedError, Job, Result, SkippedError, interleaved, needed
+
+# Ways to compile a bundle that only a GPU can choose between, as fields of PlanOptions.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "stems apart": {"stem": "apart"},
+    "int8 stem": {"stem": "int8"},
+    "int8 features": {"int8_features": True},
+}
 
 
 class EngineTimes(msgspec.Struct, frozen=True):
     bundle: str
     precision: str
-    int8_features: bool
+    variant: str  # of VARIANTS
     engine: dict[str, str]
     compile_s: float
     deviation: float  # the largest in the self test, as a share of the golden scores
@@ -30,6 +39,11 @@ class EngineTimes(msgspec.Struct, frozen=True):
     infer: dict[str, Percentiles]  # a tensor in host memory → maps and scores in host memory, by number of images
     per_image_ms: float  # of the largest batch, p50
     inside: dict[str, float]  # ms of the parts of an inspection by CUDA events, without the graph, p50
+
+
+class Engines(msgspec.Struct, frozen=True):
+    measured: list[EngineTimes]
+    refused: dict[str, str]  # variants that TensorRT would not compile or that fail their self test, and why
 
 
 class Ratio(msgspec.Struct, frozen=True):
@@ -46,20 +60,20 @@ class Ratio(msgspec.Struct, frozen=True):
 # plans
 
 
-def with_plan(job: Job, path: Path, int8_features: bool = False) -> tuple[Bundle, float]:
+def with_plan(job: Job, path: Path, variant: str = "plain") -> tuple[Bundle, float]:
     """A copy of the bundle with a plan for this GPU, and the seconds that it took; compiled once in a run."""
     needed("tensorrt", "onnx", "polygraphy")
     from stpm.build.gpu.cli import compile_bundle
     from stpm.build.gpu.plan import PlanOptions
 
-    key = path, int8_features
+    key = path, variant
     if key not in job.plans:
         copy = job.folder / f"{len(job.plans)}-{path.name}"
         started = perf_counter()
         try:
             bundle = open_bundle(path)
             shutil.copytree(path, copy)
-            options = PlanOptions(tuple(sorted({1, *job.sizes.batches})), int8_features=int8_features)
+            options = PlanOptions(tuple(sorted({1, *job.sizes.batches})), **VARIANTS[variant])
             compile_bundle(open_bundle(copy), options, job.work)
             job.plans[key] = open_bundle(copy), perf_counter() - started
             assert bundle.manifest.graph == job.plans[key][0].manifest.graph
@@ -71,15 +85,14 @@ def with_plan(job: Job, path: Path, int8_features: bool = False) -> tuple[Bundle
     return made
 
 
-def variants(job: Job) -> list[tuple[Path, bool]]:
-    """Every bundle, and those of INT8 a second time with features that leave TensorRT as int8."""
+def variants(job: Job) -> list[tuple[Path, str]]:
+    """Every bundle, and what else may be tried with it."""
     if not job.bundles:
         raise SkippedError("needs a bundle: give --bundle DIR")
     found = []
     for path in job.bundles:
-        found += [(path, False)]
-        if open_bundle(path).manifest.precision == "int8":
-            found += [(path, True)]
+        int8 = open_bundle(path).manifest.precision == "int8"
+        found += [(path, name) for name in VARIANTS if int8 or "int8" not in name]
     return found
 
 
@@ -107,18 +120,26 @@ def inspection(engine: Engine, bundle: Bundle) -> Callable[[], object]:
 
 
 def engines(job: Job) -> Result:
-    """Compile, self test, and latency; each bundle by itself."""
-    measured = [_measured(job, path, int8_features) for path, int8_features in variants(job)]
+    """Compile, self test, and latency; each bundle by itself. The plain ones must work, the others are tried."""
+    measured, refused = [], {}
+    for path, variant in variants(job):
+        try:
+            measured.append(_measured(job, path, variant))
+        except StpmError as error:
+            if variant == "plain":
+                raise
+            refused[f"{path} {variant}"] = str(error)
     parts = [
-        f"{each.precision}{' with int8 features' if each.int8_features else ''}: inspect p50 {each.inspect.p50:.3f} "
+        f"{each.precision} {each.variant}: inspect p50 {each.inspect.p50:.3f} "
         f"p99 {each.inspect.p99:.3f} ms, {each.per_image_ms:.3f} ms an image in the largest batch"
         for each in measured
     ]
-    return Result("; ".join(parts), measured)
+    parts += [f"{name} refused" for name in refused]
+    return Result("; ".join(parts), Engines(measured, refused))
 
 
-def _measured(job: Job, path: Path, int8_features: bool) -> EngineTimes:
-    bundle, seconds = with_plan(job, path, int8_features)
+def _measured(job: Job, path: Path, variant: str) -> EngineTimes:
+    bundle, seconds = with_plan(job, path, variant)
     with open_engine(bundle, "tensorrt") as engine:
         deviation = self_test(bundle, engine)
         work: dict[str, Callable[[], object]] = {"inspect": inspection(engine, bundle)}
@@ -132,7 +153,7 @@ def _measured(job: Job, path: Path, int8_features: bool) -> EngineTimes:
         return EngineTimes(
             str(path),
             bundle.manifest.precision,
-            int8_features,
+            variant,
             engine.describe(),
             round(seconds, 1),
             deviation,

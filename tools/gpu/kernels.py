@@ -12,7 +12,7 @@ from stpm.edge.kernels import launches
 from stpm.edge.kernels.launches import CALL, DTYPES, FINDING, FP16, FP32, INT8, Features, Resize, Tap
 from stpm.edge.preprocess import Preprocess
 from stpm.edge.score import anomaly_map, level_map
-from stpm.tools.gpu_check_base import FailedError, Job, Memory, Result, Sizes, SkippedError, opened
+from stpm.tools.gpu.base import FailedError, Job, Memory, Result, Sizes, SkippedError, opened
 
 # TensorRT's formats that the features come in, as (type, channels side by side); 0: all channels of a pixel
 FORMATS = {"fp32": (FP32, 1), "fp16 HWC8": (FP16, 0), "int8 CHW32": (INT8, 32)}

@@ -22,7 +22,7 @@ from stpm.edge.errors import StpmError
 from stpm.edge.kernels.launches import Launch
 from stpm.edge.latency import Latency, Percentiles
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 20
 MIB = 1 << 20
 
@@ -63,7 +63,7 @@ class Job:
     sizes: Sizes = field(default_factory=Sizes)
     device: str = "cuda"  # of torch
     provider: str = "CUDAExecutionProvider"  # of ONNX Runtime
-    plans: dict[tuple[Path, bool], Any] = field(default_factory=dict)  # compiled bundles: gpu_check_engines.py
+    plans: dict[tuple[Path, str], Any] = field(default_factory=dict)  # compiled bundles: gpu/engines.py
 
 
 @dataclass(frozen=True)
