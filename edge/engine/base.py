@@ -44,7 +44,8 @@ class Engine(Protocol):
 
     def inspect(self, frame: Image, threshold: float, with_map: bool = False) -> Inspection:
         """A camera frame, uint8 H×W×3 BGR, from its pixels to its score: what the line asks for. An InputError for
-        what is no frame, an EngineError when the run fails."""
+        what is no frame, an EngineError when the run fails; an engine that is set up by its first frame, as TensorRT's
+        is, refuses frames of another size (FrameError)."""
 
     def profile(self, frame: Image, runs: int) -> dict[str, list[float]]:
         """Milliseconds in the "preprocess", the "pyramids" and the "head" of each of `runs` inspections, by the
