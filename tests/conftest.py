@@ -6,15 +6,22 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from cuda_on_cpu.driver import Machine
 from cuda_on_cpu.library import Library, build
 from cuda_on_cpu.pretend import pretended
 from tqdm import tqdm
 
 from stpm.build.cli import build_main
+from stpm.build.export import export_graph
 from stpm.build.gpu.cli import main as compile_main
+from stpm.build.methods import METHODS
+from stpm.calibration.fp16 import to_fp16
+from stpm.calibration.qdq import activations, convolutions, quantise
 from stpm.edge.bundle import Bundle, open_bundle
+from stpm.edge.preprocess import Preprocess
 from stpm.tools.parts import write_dataset
 
 # tqdm's monitor thread lives as long as the process
@@ -97,3 +104,38 @@ def compiled(
 @pytest.fixture
 def bundle(bundles: dict[str, Bundle]) -> Bundle:
     return bundles["int8"]
+
+
+@pytest.fixture(scope="session")
+def float_graph() -> onnx.ModelProto:
+    """Two pyramids of fresh weights and the head, for 64×64."""
+    method = METHODS["stpm"]
+    teacher, student = method.new_student(0), method.new_student(1)
+    for pyramid in (teacher, student):  # biases that are not all zero
+        for module in pyramid.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.bias, -0.2, 0.5)
+    return export_graph(method.graph(teacher, student, 64, 64), Preprocess(64, 64))
+
+
+@pytest.fixture(scope="session")
+def int8_graph(float_graph: onnx.ModelProto) -> onnx.ModelProto:
+    random = np.random.default_rng(0)
+    # as different as those of a teacher and a student are
+    ranges = {name: float(random.uniform(1, 6)) for name in activations(float_graph)}
+    return quantise(float_graph, ranges)
+
+
+@pytest.fixture(scope="session")
+def graphs(float_graph: onnx.ModelProto, int8_graph: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
+    """The same in every precision."""
+    some = [name for name in convolutions(float_graph) if name.endswith("/conv1/Conv")]
+    stems_float = [name for name in some if "layer" not in name]
+    ranges = dict.fromkeys(activations(float_graph), 4.0)
+    mixed = quantise(float_graph, ranges, in_float=stems_float[:1])
+    return {
+        "fp32": float_graph,
+        "fp16": to_fp16(float_graph),
+        "int8": int8_graph,
+        "one stem in fp16": to_fp16(mixed, {stems_float[0]}),
+    }
