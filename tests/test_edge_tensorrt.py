@@ -188,8 +188,8 @@ def test_on_a_jetson_a_frame_is_not_copied(library, bundle, tmp_path):
             assert machine.calls[before:] == ["cuGraphLaunch", "Event.record", "Event.query"]
             found = engine.inspect(golden.frames[2], float(golden.scores[2]) / 2, with_map=True)
             assert found.box == plain.box == bounding_box(found.mask)
-        # the captured frame has no copy; maps are fetched from where the GPU caches them
-        assert "memcpy_htod_async" not in machine.calls
+        # the captured frame has no copy, only the tables of the resize were; maps are fetched from the GPU
+        assert machine.calls.count("memcpy_htod_async") == 6
         assert machine.calls.count("memcpy_dtoh_async") == 2 * (len(golden.frames) + 1)
     assert machine.left == ""
 
