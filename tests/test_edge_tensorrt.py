@@ -358,6 +358,19 @@ def test_a_closed_engine_holds_nothing_of_tensorrt(gpu, bundle):
         gc.enable()
 
 
+def test_several_images_may_take_longer_and_the_first_ones_longest(gpu, bundle, monkeypatch):
+    monkeypatch.setattr("stpm.edge.engine.tensorrt.LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("stpm.edge.engine.tensorrt.LONGEST_SET_UP_S", 0.1)
+    images = np.zeros((2, 3, 256, 256), np.float32)
+    with open_engine(bundle) as engine:
+        for longest in ("0.1 s", "0.04 s"):
+            gpu.hangs = True
+            with pytest.raises(DeviceError, match=f"has not answered for {longest}"):
+                engine.infer(images)
+            gpu.hangs = False
+            engine.infer(images)
+
+
 def test_when_tensorrt_refuses_a_frame(gpu, bundle):
     with open_engine(bundle) as engine:
         gpu.fail_at = len(gpu.calls) + 2  # after the two copies

@@ -18,7 +18,7 @@ import numpy as np
 
 from stpm.edge.bundle import Bundle
 from stpm.edge.engine.base import ClosesOnExit, Inference, Inspection, check_input
-from stpm.edge.engine.cuda import LONGEST_SET_UP_S, LONGEST_WAIT_S, Gpu, Shared
+from stpm.edge.engine.cuda import LONGEST_SET_UP_S, LONGEST_WAIT_S, Gpu
 from stpm.edge.engine.cuda_graph import Graph
 from stpm.edge.engine.plan import AGAIN, INPUT, STUDENT, TEACHER, Networks, check_plan, import_tensorrt
 from stpm.edge.errors import EngineError, FrameError, PlanError
@@ -157,14 +157,18 @@ class TensorRtEngine(ClosesOnExit):
 
 
 class Pass:
-    """A number of images through the networks and the head: a TensorRT context and the memory around it."""
+    """A number of images through the networks and the head: a TensorRT context and the memory around it.
+
+    `tensor` is the networks' input, float32 or float16 images × 3 × height × width.
+    """
 
     def __init__(self, gpu: Gpu, networks: Networks, profile: int, images: int, preprocess: Preprocess) -> None:
         self._gpu, self._networks, self._profile, self._images = gpu, networks, profile, images
+        self._longest_s = LONGEST_SET_UP_S  # the first time, when kernels are loaded
         height, width = preprocess.height, preprocess.width
         self._context = networks.context(profile, images, height, width, gpu.stream)
-        self._tensor = gpu.staged((images, 3, height, width), DTYPES[networks.kind(INPUT)])
-        networks.bind(self._context, INPUT, self._tensor.device)
+        self.tensor = gpu.staged((images, 3, height, width), DTYPES[networks.kind(INPUT)])
+        networks.bind(self._context, INPUT, self.tensor.device)
         self.call = gpu.shared((1,), CALL)
         self.map = gpu.staged((images, height, width), np.float32)
         self.mask = gpu.staged((images, height, width), np.uint8)
@@ -193,22 +197,18 @@ class Pass:
         self._networks.bind(self._context, name, address)
         return Features(address, kind, vector, self._networks.scale(name))
 
-    @property
-    def tensor(self) -> Shared:
-        """The networks' input: float32 or float16, images × 3 × height × width."""
-        return self._tensor
-
     def infer(self, tensor: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Maps and scores of a float32 tensor with this pass's number of images."""
-        np.copyto(self._tensor.host, tensor, casting="same_kind")
+        np.copyto(self.tensor.host, tensor, casting="same_kind")
         self.call.host["threshold"] = np.inf
         self._gpu.send(self.call)
-        self._gpu.send(self._tensor)
+        self._gpu.send(self.tensor)
         self.enqueue_networks()
         self.enqueue_head()
         self._gpu.fetch(self.map)
         self._gpu.fetch(self.findings)
-        self._gpu.wait(LONGEST_WAIT_S * self._images)
+        self._gpu.wait(self._longest_s)
+        self._longest_s = LONGEST_WAIT_S * self._images
         return self.map.host.copy(), self.findings.host["score"].copy()
 
     def enqueue_networks(self) -> None:
