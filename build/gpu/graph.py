@@ -174,7 +174,7 @@ def _fuse_stems(graph: onnx.GraphProto, divide_int8: bool) -> None:
     stems = _stems(graph)
     producers = _producers(graph)
     weights = [_weight_pair(producers, stem.conv) for stem in stems]
-    if not stems or (weights[0] is None) != (weights[1] is None):
+    if not stems:
         return
     teacher, student = stems
     nodes, removed = [], [node for stem in stems for node in (stem.conv, stem.relu, stem.pool)]
