@@ -70,7 +70,8 @@ def test_wrong_weights_file(out, parts, tmp_path, capfd):
     assert not out.exists()
 
 
-def test_tensorrt_is_refused_before_anything_is_trained(out, parts, capfd):
+def test_tensorrt_is_refused_before_anything_is_trained(out, parts, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycuda", None)
     assert build(out, parts, "--backend", "tensorrt") == 5
     one_sentence(capfd, "pycuda")
     assert not out.parent.exists()

@@ -351,7 +351,8 @@ def test_compiling_needs_no_torch():
     assert "stpm.build.gpu.plan" in json.loads(result.stdout)
 
 
-def test_on_a_machine_without_a_gpu_the_command_ends_in_a_sentence(bundles, tmp_path, capsys):
+def test_on_a_machine_without_a_gpu_the_command_ends_in_a_sentence(bundles, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycuda", None)
     folder = tmp_path / "bundle"
     shutil.copytree(bundles["fp32"].path, folder)
     assert main(["--bundle", str(folder), "--work", str(tmp_path / "work")]) == EngineError.exit_code

@@ -40,10 +40,7 @@ def call(device, frames=None, threshold=0.0):
 
 def run_preprocess(device, spec, frames, half=False):
     resize = Resize.of(spec, *frames.shape[1:3])
-    rows, columns = (
-        tuple(device.put(each) for each in (axis.start, axis.offset, axis.weight))
-        for axis in (resize.rows, resize.columns)
-    )
+    rows, columns = resize.placed(device.put)
     tensor = device.put(np.full((len(frames), 3, spec.height, spec.width), 7, np.float16 if half else np.float32))
     device.run(
         launches.preprocess(spec, rows, columns, resize.half_up, call(device, frames), tensor, half, len(frames))
@@ -128,10 +125,7 @@ def test_preprocess_reads_frames_with_padded_rows(device):
     values = np.zeros(1, CALL)
     values["frame"], values["pitch"] = device.put(padded), padded.strides[1]
     resize = Resize.of(spec, 32, 32)
-    axes = [
-        tuple(device.put(each) for each in (axis.start, axis.offset, axis.weight))
-        for axis in (resize.rows, resize.columns)
-    ]
+    axes = resize.placed(device.put)
     tensor = device.put(np.zeros((1, 3, 16, 16), np.float32))
     device.run(launches.preprocess(spec, *axes, resize.half_up, device.put(values), tensor, False, 1))
     np.testing.assert_allclose(device.get(tensor), spec(padded[0, :, :32]), atol=2e-6)

@@ -29,10 +29,7 @@ def life():
     pixels, call = gpu.shared((128, 128, 3), np.uint8), gpu.shared((1,), CALL)
     tensor, findings = gpu.staged((1, 3, 64, 64), np.float32), gpu.shared((1,), FINDING)
     resize = Resize.of(spec, 128, 128)
-    axes = [
-        tuple(gpu.constant(each) for each in (axis.start, axis.offset, axis.weight))
-        for axis in (resize.rows, resize.columns)
-    ]
+    axes = resize.placed(gpu.constant)
     start = launches.preprocess(spec, *axes, resize.half_up, call.device, tensor.device, False, 1)
     features = [random.random((1, 16, 8, 8), np.float32) for _ in range(2)]
     teacher, student = (Features(gpu.constant(each)) for each in features)

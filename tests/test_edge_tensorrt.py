@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import re
+import sys
 import threading
 import weakref
 
@@ -267,7 +268,8 @@ def test_a_bundle_with_a_plan_is_run_with_it_unless_asked_otherwise(gpu, bundle)
 # what goes wrong
 
 
-def test_without_pycuda(bundle):
+def test_without_pycuda(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycuda", None)
     with pytest.raises(EngineError, match="TensorRT engines need pycuda"):
         open_engine(bundle)
 
@@ -296,7 +298,7 @@ def test_without_a_device(library, bundle, tmp_path):
 
 
 def test_without_tensorrt(gpu, bundle, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(EngineError, match="TensorRT cannot be loaded"):
         open_engine(bundle)
 

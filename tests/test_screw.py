@@ -73,10 +73,7 @@ def test_the_gpu_sees_the_same_pixels_of_real_photos(library):
     for photo in photos:
         frame, device = read_image(photo), Host(library)
         resize = Resize.of(spec, *frame.shape[:2])
-        rows, columns = (
-            (device.put(axis.start), device.put(axis.offset), device.put(axis.weight))
-            for axis in (resize.rows, resize.columns)
-        )
+        rows, columns = resize.placed(device.put)
         call = np.zeros(1, CALL)
         call["frame"], call["pitch"] = device.put(frame), frame.strides[0]
         tensor = device.put(np.zeros((1, 3, spec.height, spec.width), np.float32))

@@ -230,10 +230,7 @@ class Frames:
     def __init__(self, gpu: Gpu, one: Pass, preprocess: Preprocess, height: int, width: int, captures: bool) -> None:
         self._gpu, self._pass, self._size = gpu, one, (height, width)
         resize = Resize.of(preprocess, height, width)
-        rows, columns = (
-            (gpu.constant(axis.start), gpu.constant(axis.offset), gpu.constant(axis.weight))
-            for axis in (resize.rows, resize.columns)
-        )
+        rows, columns = resize.placed(gpu.constant)
         self._pixels = gpu.shared((height, width, 3), np.uint8)
         half = one.tensor.host.dtype == np.float16
         self._launch: Launch = launches.preprocess(

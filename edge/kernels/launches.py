@@ -4,9 +4,10 @@ The geometry is written here and nowhere else: `MACROS` goes to the compiler. Th
 and the tests compare their sizes and offsets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +134,9 @@ class Axis:
     weight: npt.NDArray[np.float32]
 
 
+Addresses = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Resize:
     """The region of a frame, resized to the network's input as OpenCV's INTER_AREA does: sums over both axes."""
@@ -150,6 +154,11 @@ class Resize:
         axis = _averaged if shrinks else _interpolated
         half_up = (width, height) == (2 * preprocess.width, 2 * preprocess.height)
         return cls(axis(y, height, preprocess.height), axis(x, width, preprocess.width), half_up)
+
+    def placed(self, put: Callable[[npt.NDArray[Any]], int]) -> tuple[Addresses, Addresses]:
+        """Where start, offset and weight of the rows lie, and those of the columns, when `put` has put them there."""
+        rows, columns = ((put(axis.start), put(axis.offset), put(axis.weight)) for axis in (self.rows, self.columns))
+        return rows, columns
 
 
 def _averaged(first: int, source: int, target: int) -> Axis:
@@ -194,15 +203,15 @@ def _axis(starts: list[int], weights: list[npt.NDArray[np.float64]]) -> Axis:
 
 def preprocess(
     preprocess: Preprocess,
-    rows: tuple[int, int, int],
-    columns: tuple[int, int, int],
+    rows: Addresses,
+    columns: Addresses,
     half_up: bool,
     call: int,
     tensor: int,
     half: bool,
     images: int,
 ) -> Launch:
-    """`rows` and `columns` are where the start, offset and weight of each Axis lie on the device."""
+    """`rows` and `columns` are what `Resize.placed` gives."""
     values = np.zeros((), _PREPROCESS)
     values["call"], values["tensor"] = call, tensor
     values["rows"], values["columns"] = rows, columns

@@ -119,10 +119,7 @@ class Resized:
     def __init__(self, memory: Memory, width: int, height: int, images: int, side: int, call: Shared) -> None:
         gpu, spec = memory.gpu, Preprocess(side, side)
         resize = Resize.of(spec, height, width)
-        rows, columns = (
-            (memory.put(axis.start), memory.put(axis.offset), memory.put(axis.weight))
-            for axis in (resize.rows, resize.columns)
-        )
+        rows, columns = resize.placed(memory.put)
         self.frames = gpu.shared((images, height, width, 3), np.uint8)
         self.tensor = memory.put(np.zeros((images, 3, side, side), np.float16))
         self.bytes = self.frames.host.nbytes + images * 3 * side * side * 2
@@ -172,10 +169,7 @@ def _preprocess_difference(memory: Memory) -> float:
     spec = Preprocess(48, 64)
     frames = np.random.default_rng(1).integers(0, 256, (2, 96, 128, 3), np.uint8)
     resize = Resize.of(spec, 96, 128)
-    rows, columns = (
-        (memory.put(axis.start), memory.put(axis.offset), memory.put(axis.weight))
-        for axis in (resize.rows, resize.columns)
-    )
+    rows, columns = resize.placed(memory.put)
     call = np.zeros(1, CALL)
     call[0] = (memory.put(frames), frames.strides[1], frames.strides[0], 0, 0)
     tensor = memory.put(np.full((2, 3, 48, 64), 7, np.float32))
