@@ -131,7 +131,7 @@ def quantise(model: onnx.ModelProto, ranges: Mapping[str, float], in_float: Coll
     for use in uses:
         if use.tensor not in pairs:
             scale = np.float32(max(ranges[use.tensor], SMALLEST_RANGE) / ACTIVATION_STEPS)
-            pairs[use.tensor] = _pair(graph, use.tensor, np.asarray(scale), None)
+            pairs[use.tensor] = pair(graph, use.tensor, np.asarray(scale), None)
         nodes[use.node].input[use.input] = pairs[use.tensor][1].output[0]
     for node in nodes.values():
         if node.op_type == "Conv" and not in_head(node) and node.name not in in_float:
@@ -139,7 +139,7 @@ def quantise(model: onnx.ModelProto, ranges: Mapping[str, float], in_float: Coll
             if name not in pairs:
                 largest = np.abs(weights[name]).reshape(len(weights[name]), -1).max(1)
                 scale = (np.maximum(largest, SMALLEST_RANGE) / WEIGHT_STEPS).astype(np.float32)
-                pairs[name] = _pair(graph, name, scale, axis=0)
+                pairs[name] = pair(graph, name, scale, axis=0)
             node.input[1] = pairs[name][1].output[0]
 
     _insert(graph, pairs)
@@ -152,7 +152,8 @@ def describe(model: onnx.ModelProto) -> str:
     return "\n".join(f"{use.node} input {use.input} <- {use.tensor}" for use in placement(model)) + "\n"
 
 
-def _pair(graph: onnx.GraphProto, tensor: str, scale: np.ndarray, axis: int | None) -> list[onnx.NodeProto]:
+def pair(graph: onnx.GraphProto, tensor: str, scale: np.ndarray, axis: int | None) -> list[onnx.NodeProto]:
+    """The Q and DQ nodes of a tensor, not yet in the graph; their constants are."""
     zero = np.zeros(scale.shape, np.int8)
     constants = [f"{tensor}/scale", f"{tensor}/zero_point"]
     graph.initializer.append(numpy_helper.from_array(scale, constants[0]))

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from stpm.calibration.qdq import drop_unused_weights, in_head, replace_nodes
+from stpm.calibration.qdq import drop_unused_weights, in_head, pair, replace_nodes
 from stpm.edge.engine.plan import INPUT
 from stpm.edge.errors import InputError
 from stpm.edge.kernels.launches import MOST_TAPS
@@ -181,16 +181,16 @@ def _fuse_stems(graph: onnx.GraphProto, divide_int8: bool) -> None:
     quantise = None
     if divide_int8 and teacher.pair and student.pair:
         quantise = teacher.pair[0]
-        wanted, found = (_value(graph, pair[0].input[1]) for pair in (teacher.pair, student.pair))
+        wanted, found = (_value(graph, each[0].input[1]) for each in (teacher.pair, student.pair))
         _scale_student(graph, float(wanted / found))
         removed += [teacher.pair[0], student.pair[0]]
     for index, role in enumerate(("weight", "bias"), start=1):
         names = [stem.conv.input[index] for stem in stems]
         if role == "weight" and weights[0] and weights[1]:
-            names = [pair[0].input[0] for pair in weights if pair]
-            scales = [_value(graph, pair[0].input[1]) for pair in weights if pair]
-            removed += [node for pair in weights if pair for node in pair]
-            nodes += _quantised_weight(graph, np.concatenate(scales))
+            names = [each[0].input[0] for each in weights if each]
+            scales = [_value(graph, each[0].input[1]) for each in weights if each]
+            removed += [node for each in weights if each for node in each]
+            nodes += pair(graph, "stem.conv1.weight", np.concatenate(scales), axis=0)
         values = np.concatenate([_value(graph, name) for name in names])
         graph.initializer.append(numpy_helper.from_array(values, f"stem.conv1.{role}"))
     nodes += _joined(teacher, student, weights[0] is not None, quantise)
@@ -208,19 +208,6 @@ def _weight_pair(
     """The Q and DQ nodes of the weight; None where it is not quantised."""
     last = producers.get(conv.input[1])
     return None if last is None else (producers[last.input[0]], last)
-
-
-def _quantised_weight(graph: onnx.GraphProto, scale: np.ndarray) -> list[onnx.NodeProto]:
-    name = "stem.conv1.weight"
-    graph.initializer.append(numpy_helper.from_array(scale, f"{name}/scale"))
-    graph.initializer.append(numpy_helper.from_array(np.zeros(scale.shape, np.int8), f"{name}/zero_point"))
-    constants = [f"{name}/scale", f"{name}/zero_point"]
-    return [
-        helper.make_node("QuantizeLinear", [name, *constants], [f"{name}/int8"], f"{name}/Q", axis=0),
-        helper.make_node(
-            "DequantizeLinear", [f"{name}/int8", *constants], [f"{name}/dequantised"], f"{name}/DQ", axis=0
-        ),
-    ]
 
 
 def _joined(
@@ -252,8 +239,8 @@ def _scale_student(graph: onnx.GraphProto, factor: float) -> None:
         if node.op_type == "Conv" and node.name.startswith("/student/"):
             scaled.add(node.input[2])
             if node.input[1] in stem:
-                pair = _weight_pair(producers, node)
-                scaled.update([pair[0].input[0], pair[0].input[1]] if pair else [node.input[1]])
+                quantised = _weight_pair(producers, node)
+                scaled.update(quantised[0].input[:2] if quantised else [node.input[1]])
         # the weights of a student may be named like its activations, but no node makes them
         activation = node.op_type == "QuantizeLinear" and node.input[0] in producers
         if activation and node.input[0].lstrip("/").startswith("student/"):
