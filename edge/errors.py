@@ -1,6 +1,7 @@
 """What can go wrong, split by who can put it right. Every class carries the exit code of the command it ends.
 
     StpmError              1   anything that fits nowhere below
+    ├── ConfigError        2   the file of a station, or an option that contradicts it
     ├── InputError         3   images, folders, masks, weights: the caller's files
     │   └── RegionError    3   the region of interest does not fit the frame
     ├── BundleError        4   a bundle that is missing, damaged, or of another schema
@@ -22,6 +23,10 @@ A message is one sentence: what was wanted, what was found, what to do next.
 
 class StpmError(Exception):
     exit_code = 1
+
+
+class ConfigError(StpmError):
+    exit_code = 2
 
 
 class InputError(StpmError):

@@ -1,0 +1,61 @@
+"""What the camera process and the line say to each other."""
+
+import msgspec
+
+
+class CameraSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[camera] of a station. None leaves a setting as the camera has it."""
+
+    source: str = ""  # index, /dev/videoN, URL, video file, folder of images, or genicam:NAME
+    trigger: str = "free"  # free: every frame is a part; software: a frame for each trigger of the PLC
+    policy: str = "latest"  # latest: the newest frame replaces one that waits; every: all wait, up to parts.queue
+    fps: float | None = None
+    width: int | None = None
+    height: int | None = None
+    fourcc: str | None = None
+    exposure: float | None = None  # of OpenCV in the driver's unit, of GenICam in microseconds
+    gain: float | None = None
+    loop: bool = False  # a folder or video file starts again at its end
+    frozen_after: int = 3  # so many identical frames in a row are a frozen camera; 0: never (not for recordings)
+    stall_s: float = 2.0  # a camera process that does not get on for so long is killed and started again
+
+
+class CameraOpened(msgspec.Struct, frozen=True, tag=True):
+    """The source is open. `settings`: each that was asked for, with what the camera says it is now."""
+
+    description: str
+    live: bool  # False for a folder or file: it waits for the line, and it ends
+    settings: dict[str, tuple[str, str]] = {}  # name → asked for, read back
+
+
+class FrameReady(msgspec.Struct, frozen=True, tag=True):
+    """A frame lies in `slot` (None: it could not be kept, `problem` says why). The slot is the line's from now on."""
+
+    number: int  # from 1 over everything that this process captured
+    captured_ns: int  # monotonic: when the exposure's data were there, before any copy
+    name: str  # file name, or the number of the frame
+    slot: int | None
+    shape: tuple[int, int, int] = (0, 0, 0)  # height, width, 3 of the uint8 BGR image in the slot
+    problem: str = ""  # the frame must not be judged: damaged, frozen, a duplicate, too large, no free slot
+    trigger: int | None = None  # the trigger that it answers
+    missed: int = 0  # frames that the device numbered and never delivered, just before this one
+
+
+class CameraEnded(msgspec.Struct, frozen=True, tag=True):
+    """A recording is over; no frame follows."""
+
+
+class CameraFailed(msgspec.Struct, frozen=True, tag=True):
+    """The source does not open, has stopped or is frozen; the process ends after this."""
+
+    sentence: str
+
+
+class TakePicture(msgspec.Struct, frozen=True, tag=True):
+    """Line → camera: deliver one frame that was exposed after now, for this trigger."""
+
+    trigger: int
+
+
+FromCamera = CameraOpened | FrameReady | CameraEnded | CameraFailed
+ToCamera = TakePicture

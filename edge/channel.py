@@ -1,0 +1,69 @@
+"""Messages between two processes of the line: whole ones or none, and a sender never waits.
+
+A socket pair of the kind that keeps the borders of messages; each message is a msgspec.Struct with a tag, as
+MessagePack.
+"""
+
+import select
+import socket
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+# far below what a socket buffer holds; pixels go through the ring
+LONGEST = 32 << 10
+
+Received = TypeVar("Received")
+
+
+class ChannelClosedError(Exception):
+    """The process at the other end has gone. Not an error of the line: its supervisor starts another."""
+
+
+class Channel(Generic[Received]):
+    """One end. `receives` is the message type, or the union of types, that the other end sends."""
+
+    def __init__(self, end: socket.socket, receives: Any) -> None:
+        self._socket = end
+        self._socket.setblocking(False)
+        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(receives)
+
+    def send(self, message: msgspec.Struct) -> bool:
+        """True when it is on its way; False when the other end does not read, or has gone."""
+        data = msgspec.msgpack.encode(message)
+        if len(data) > LONGEST:
+            raise ValueError(f"{type(message).__name__} of {len(data)} bytes is longer than {LONGEST}")
+        try:
+            self._socket.send(data)
+        except (BlockingIOError, ConnectionError, BrokenPipeError):
+            return False
+        return True
+
+    def receive(self, timeout: float = 0) -> list[Received]:
+        """All that has arrived, after waiting up to `timeout` seconds for the first. ChannelClosedError when nothing
+        is left and nothing can follow."""
+        messages: list[Received] = []
+        if timeout > 0:
+            select.select([self._socket], [], [], timeout)
+        while True:
+            try:
+                data = self._socket.recv(LONGEST)
+            except BlockingIOError:
+                return messages
+            except ConnectionError:
+                data = b""
+            if not data:
+                if messages:
+                    return messages
+                raise ChannelClosedError
+            messages.append(self._decoder.decode(data))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

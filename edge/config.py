@@ -1,0 +1,116 @@
+"""The file of a station: TOML, one table for each thing on the line. An unknown key is an error naming the nearest.
+
+[station]  name
+[camera]   source, trigger, exposure, ...     edge/camera/messages.py
+[parts]    deadline, queue, alarm             Parts
+[gate]     who rejects, when, how long        GateSettings
+[plc]      port and protocol                  edge/plc/settings.py
+[recipes]  number = bundle folder
+[journal]  folder, pictures, retention        edge/journal/messages.py
+[control]  socket for stpm-ctl
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from stpm.edge.camera.messages import CameraSettings
+from stpm.edge.errors import ConfigError
+from stpm.edge.journal.messages import JournalSettings
+from stpm.edge.plc.settings import PlcSettings
+
+
+class StationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str = "station"
+
+
+class PartSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[parts]"""
+
+    deadline_ms: float = 500.0  # from trigger or capture to verdict; later is UNKNOWN
+    queue: int = 8  # frames that may wait for the engine
+    alarm_after: int = 10  # consecutive rejects; 0: no alarm
+    limit: int | None = None  # stop after so many
+
+
+class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[gate]"""
+
+    mode: Literal["plc", "delay", "encoder"] = "plc"  # who finds the moment: the PLC; the clock; the encoder
+    polarity: Literal["reject", "accept"] = "reject"  # what the pulse does to the part
+    delay_ms: float = 0.0  # from capture
+    counts: int = 0  # from capture, mode encoder
+    pulse_ms: float = 50.0
+    encoder_timeout_ms: float = 200.0  # an encoder that is not heard for so long is lost
+
+
+class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    socket: str = ""  # path; none without one
+
+
+class EngineChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[engine]"""
+
+    backend: Literal["auto", "tensorrt", "openvino", "fake"] = "auto"
+    script: str = ""  # of the fake engine
+    hang_ms: float = 2000.0  # an inspection that takes longer hangs: its process is killed and started again
+
+
+class Station(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    station: StationSettings = StationSettings()
+    camera: CameraSettings = CameraSettings()
+    engine: EngineChoice = EngineChoice()
+    parts: PartSettings = PartSettings()
+    gate: GateSettings = GateSettings()
+    plc: PlcSettings = PlcSettings()
+    recipes: dict[str, str] = {}
+    recipe: int | None = None  # the one to begin with; the lowest number when None
+    journal: JournalSettings = JournalSettings()
+    control: ControlSettings = ControlSettings()
+
+
+def read_station(path: Path | None, overrides: Mapping[str, object]) -> Station:
+    """The station in `path` (all defaults when None) with `overrides` ("camera.source" → value) on top."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = msgspec.toml.decode(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"cannot read the station file {path}: {error.strerror}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML ({error}): correct it there") from error
+    for name, value in overrides.items():
+        *tables, key = name.split(".")
+        table = values
+        for each in tables:
+            table = table.setdefault(each, {})
+        table[key] = value
+    where = str(path) if path else "the command line"
+    try:
+        return msgspec.convert(values, Station)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_explained(str(error))}") from error
+
+
+def _explained(error: str) -> str:
+    """msgspec's sentence; for an unknown key with the nearest known one."""
+    unknown = re.match(r"Object contains unknown field `([^`]*)`(?: - at `\$\.?(.*)`)?$", error)
+    if not unknown:
+        return error.replace(" - at `$.", ", in `")
+    key, place = unknown.group(1), unknown.group(2) or ""
+    known = _keys(Station, [part for part in place.split(".") if part])
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sorted(known))}"
+    return f"unknown key `{key}`{f' in [{place}]' if place else ''}: {hint}"
+
+
+def _keys(struct: Any, place: list[str]) -> list[str]:
+    for name in place:
+        field = next(field for field in msgspec.structs.fields(struct) if field.encode_name == name)
+        options = getattr(field.type, "__args__", (field.type,))
+        struct = next(option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct))
+    return [field.encode_name for field in msgspec.structs.fields(struct)]

@@ -1,0 +1,86 @@
+"""What the line and the journal process say to each other."""
+
+import msgspec
+
+
+class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[journal] of a station."""
+
+    folder: str = ""  # none without one
+    rejects: bool = True  # a picture of every reject
+    passes_every: int = 100  # a picture of every so many passes; 0: none
+    max_gb: float = 10.0  # pictures; the oldest go first
+    max_days: float = 30.0  # pictures and parts
+    commit_s: float = 0.2  # what a kill -9 can lose at most
+
+
+class JournalOpened(msgspec.Struct, frozen=True, tag=True):
+    """The journal can be written. `lost`: records that an earlier run handed over and that are not in it."""
+
+    lost: int
+
+
+class Run(msgspec.Struct, frozen=True, tag=True):
+    """The first record of a run."""
+
+    record: int
+    at: str  # UTC, ISO 8601, microseconds
+    station: str
+    version: str
+    recipes: dict[str, str]  # number → category and the bundle's sha256
+
+
+class PartRecord(msgspec.Struct, frozen=True, tag=True):
+    """One part, when nothing about it can change any more."""
+
+    record: int  # counts every record of the run, from 1, without a gap
+    at: str
+    part: int
+    frame: str
+    verdict: str  # PASS, FAIL or UNKNOWN
+    score: float | None
+    threshold: float
+    latency_ms: float | None  # capture to verdict; None without a frame
+    bundle: str  # sha256
+    reason: str
+    box: tuple[int, int, int, int] | None
+    area: int
+    outcome: str  # what became of it: delivered, acknowledged, undelivered; passed or rejected at the gate
+    # for the picture, if one is due: the slot stays taken until the journal gives it back with Released
+    slot: int | None = None
+    shape: tuple[int, int, int] = (0, 0, 0)
+    map_shape: tuple[int, int] | None = None
+    roi: tuple[int, int, int, int] | None = None  # with height and width of the map: how the frame was cut
+
+
+class Event(msgspec.Struct, frozen=True, tag=True):
+    """A change of state, an alarm, an action of an operator or the PLC."""
+
+    record: int
+    at: str
+    kind: str  # state, alarm, operator, plc, camera, engine, journal, recipe
+    text: str
+
+
+class Released(msgspec.Struct, frozen=True, tag=True):
+    """Journal → line: this slot is no longer needed."""
+
+    slot: int
+
+
+class JournalState(msgspec.Struct, frozen=True, tag=True):
+    """Journal → line, when it changes: how many records could not be written so far, and why the last one."""
+
+    lost: int
+    lost_pictures: int
+    reason: str
+
+
+class JournalFailed(msgspec.Struct, frozen=True, tag=True):
+    """It cannot be opened; the process ends after this."""
+
+    sentence: str
+
+
+FromJournal = JournalOpened | Released | JournalState | JournalFailed
+ToJournal = Run | PartRecord | Event

@@ -1,0 +1,56 @@
+"""[plc] of a station."""
+
+from typing import Literal
+
+import msgspec
+
+Protocol = Literal["ascii", "modbus-master", "modbus-slave", "pins"]
+
+
+class Pins(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[plc.pins]: what the two outputs of the serial connector do. Closed port or dead process: both are off."""
+
+    gate: Literal["rts", "dtr", "none"] = "rts"
+    ready: Literal["rts", "dtr", "none"] = "dtr"  # on while the state allows parts to pass
+    trigger: Literal["cts", "dsr", "cd", "ri", "none"] = "none"  # input: a rising edge is a trigger
+
+
+class RegisterMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[plc.map]: where the map of docs/plc.md begins in each table; addresses from 0, as in the request."""
+
+    # modbus-slave answers at these; modbus-master reads `control_*` from the PLC and writes `status_*` into it
+    control_coils: int = 0
+    control_registers: int = 0
+    status_bits: int = 0  # slave: discrete inputs; master: coils of the PLC
+    status_registers: int = 0  # slave: input registers; master: holding registers of the PLC
+    mirror_registers: int = 1000  # slave: the status registers again, as holding registers
+
+
+class RemoteIo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[plc.io]: modbus-master without a PLC: coils of a remote I/O block instead of the map. None: not used."""
+
+    gate_coil: int | None = None
+    ready_coil: int | None = None
+    heartbeat_coil: int | None = None
+    trigger_input: int | None = None  # discrete input, rising edge
+
+
+class PlcSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    port: str = ""  # serial device, pseudo-terminal, or "none"
+    protocol: Protocol = "ascii"
+    baud: int = 115200
+    parity: Literal["N", "E", "O"] = "N"
+    stop_bits: Literal[1, 2] = 1
+    device_id: int = 1  # Modbus: ours as slave, the PLC's as master
+    timeout_ms: float = 200.0  # of every read and write
+    poll_ms: float = 20.0  # modbus-master: how often the PLC is read
+    heartbeat_s: float = 0.5  # longest silence of ours
+    peer_timeout_s: float = 0.0  # longest silence of the PLC before FAULT; 0: the PLC need not beat
+    acknowledge: bool = False  # ascii: every PART must be answered by ACK (Modbus: the handshake does it)
+    acknowledge_ms: float = 500.0
+    expire_ms: float = 1000.0  # a result older than this is not sent any more: it is undelivered
+    queue: int = 8  # results that wait for the PLC
+    enable: bool = False  # inspect only while the PLC says so (ENABLE)
+    pins: Pins = Pins()
+    map: RegisterMap = RegisterMap()
+    io: RemoteIo | None = None
