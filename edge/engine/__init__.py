@@ -9,14 +9,14 @@ __all__ = ["BACKENDS", "Engine", "Inference", "Inspection", "open_engine"]
 BACKENDS = ("tensorrt", "openvino", "fake")
 
 
-def open_engine(bundle: Bundle, backend: str = "auto") -> Engine:
-    """Load the bundle into a backend; "auto" takes a real one that the bundle was compiled for."""
+def open_engine(bundle: Bundle, backend: str = "auto", script: str = "") -> Engine:
+    """Load the bundle into a backend; "auto" takes a real one that it was compiled for. `script` is for the fake."""
     if backend == "auto":
         backend = "tensorrt" if "tensorrt" in bundle.manifest.engines else "openvino"  # never the fake
     if backend == "fake":
         from stpm.edge.engine.fake import FakeEngine
 
-        return FakeEngine.of(bundle)
+        return FakeEngine.of(bundle, script)
     if backend == "openvino":
         from stpm.edge.engine.openvino import OpenVinoEngine
 

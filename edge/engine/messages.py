@@ -6,14 +6,19 @@ import msgspec
 class EngineSettings(msgspec.Struct, frozen=True):
     bundle: str
     backend: str = "auto"
-    script: str = ""  # of the fake engine: see edge/engine/fake.py
+    script: str = ""  # of the fake engine: see FakeEngine.of
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
-    """Loaded, self test passed, warm."""
+    """Loaded, self test passed, warm; and what the line must know of the bundle."""
 
     description: dict[str, str]
     deviation: float  # largest, as a share of the golden scores
+    category: str
+    sha256: str  # of the bundle
+    threshold: float
+    photo_size: tuple[int, int]  # width and height of the photos it was trained on
+    roi: tuple[int, int, int, int] | None
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):

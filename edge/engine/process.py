@@ -1,0 +1,92 @@
+"""The engine process of one bundle: a slot of the ring in, a score out.
+
+In a process of its own, because an inference that hangs in a driver cannot be interrupted, one that crashes takes its
+process with it, and the line must answer for its parts all the same.
+"""
+
+import time
+from pathlib import Path
+
+from stpm.edge.bundle import Bundle, open_bundle
+from stpm.edge.channel import Channel, ChannelClosedError
+from stpm.edge.engine import Engine, open_engine
+from stpm.edge.engine.messages import (
+    EngineFailed,
+    EngineReady,
+    EngineSettings,
+    Inspect,
+    Inspected,
+    InspectionFailed,
+    TestYourself,
+    ToEngine,
+)
+from stpm.edge.errors import DeviceError, EngineError, StpmError
+from stpm.edge.ring import Ring
+from stpm.edge.selftest import self_test
+from stpm.edge.worker import serve
+
+# an engine that fails this often in a row will not recover by itself
+FAILURES_IN_A_ROW = 10
+
+
+def main(settings: EngineSettings, channel: Channel[ToEngine], ring: Ring) -> None:
+    try:
+        bundle = open_bundle(Path(settings.bundle))
+        with open_engine(bundle, settings.backend, settings.script) as engine:
+            channel.send(_ready(bundle, engine))
+            _answer(bundle, engine, channel, ring)
+    except StpmError as error:
+        channel.send(EngineFailed(type(error).__name__, str(error), error.exit_code))
+    except ChannelClosedError:
+        return  # the line has ended, or has given us up
+
+
+def _ready(bundle: Bundle, engine: Engine) -> EngineReady:
+    deviation = self_test(bundle, engine)
+    engine.warm_up()
+    manifest = bundle.manifest
+    return EngineReady(
+        engine.describe(),
+        deviation,
+        manifest.category,
+        bundle.sha256,
+        manifest.threshold.value,
+        manifest.training.photo_size,
+        manifest.preprocess.roi,
+    )
+
+
+def _answer(bundle: Bundle, engine: Engine, channel: Channel[ToEngine], ring: Ring) -> None:
+    failures = 0
+    while True:
+        for message in channel.receive(timeout=60):
+            if isinstance(message, TestYourself):
+                channel.send(_ready(bundle, engine))
+                continue
+            answer = _inspect(engine, ring, message)
+            failures = failures + 1 if isinstance(answer, InspectionFailed) else 0
+            channel.send(answer)
+            if failures >= FAILURES_IN_A_ROW and isinstance(answer, InspectionFailed):
+                raise EngineError(
+                    f"the engine has failed {failures} times in a row and does not recover, the last time: "
+                    f"{answer.sentence}"
+                )
+
+
+def _inspect(engine: Engine, ring: Ring, asked: Inspect) -> Inspected | InspectionFailed:
+    began = time.monotonic_ns()
+    try:
+        found = engine.inspect(ring.image(asked.slot, asked.shape), asked.threshold, asked.with_map)
+        shape = None
+        if found.map is not None:
+            shape = (found.map.shape[0], found.map.shape[1])
+            ring.map(asked.slot, shape)[:] = found.map
+    except DeviceError:
+        raise  # a GPU that is gone does not come back: a new process is needed
+    except StpmError as error:
+        return InspectionFailed(asked.part, type(error).__name__, str(error))
+    return Inspected(asked.part, found.score, found.box, found.area, shape, began, time.monotonic_ns())
+
+
+if __name__ == "__main__":
+    serve(EngineSettings, ToEngine, main)

@@ -1,0 +1,172 @@
+"""When the gate switches for which part. Pure: the time is passed in, levels come out.
+
+A part is in front of the gate from its due time on, for one pulse. The due time is counted from the capture, never
+from the result: by the clock (constant speed) or by the encoder. A part whose verdict is not there when it is due, or
+is not PASS, is rejected.
+
+    polarity accept   the output is on while a passed part is in front of the gate and no rejected one is: a dead
+                      computer rejects
+    polarity reject   the output is on while a rejected part is in front of the gate, and while the line is in FAULT
+
+Where two parts are so close that their pulses overlap, the reject wins.
+"""
+
+import bisect
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stpm.edge.config import GateSettings
+
+MS = 1_000_000
+WRAP = 1 << 32
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Switch the output to `active`; wanted at `due_ns`."""
+
+    part: int
+    active: bool
+    due_ns: int
+
+
+@dataclass
+class Window:
+    part: int
+    position: float | None  # encoder count at which it is due
+    due_ns: int | None  # None: the encoder cannot say yet
+    ends_ns: int | None = None  # set when it has begun
+    passes: bool = False
+
+
+class Encoder:
+    """Counts of an encoder, read from time to time: where it was, is, and will be. 32 bits that wrap."""
+
+    def __init__(self, timeout_ns: int) -> None:
+        self._timeout_ns = timeout_ns
+        self._samples: deque[tuple[int, int]] = deque(maxlen=64)  # (at_ns, count without wraps)
+
+    def add(self, at_ns: int, count: int) -> None:
+        if self._samples:
+            last_ns, last = self._samples[-1]
+            if at_ns <= last_ns:
+                return
+            # the shorter way round: an encoder may also run back a little
+            step = (count - last) % WRAP
+            count = last + (step if step < WRAP // 2 else step - WRAP)
+        self._samples.append((at_ns, count))
+
+    def lost(self, now_ns: int) -> bool:
+        return not self._samples or now_ns - self._samples[-1][0] > self._timeout_ns
+
+    def count_at(self, ns: int) -> float | None:
+        """Between two samples on the line through them, outside on the line through the nearest two."""
+        if len(self._samples) < 2:
+            return float(self._samples[0][1]) if self._samples else None
+        after = bisect.bisect_left(self._samples, (ns, -WRAP))
+        after = min(max(after, 1), len(self._samples) - 1)
+        (a_ns, a), (b_ns, b) = self._samples[after - 1], self._samples[after]
+        return a + (b - a) * (ns - a_ns) / (b_ns - a_ns)
+
+    def time_of(self, count: float) -> int | None:
+        """When the encoder passes `count`, at the speed of the newest samples; None while it stands or runs back."""
+        if len(self._samples) < 2:
+            return None
+        back = max(-len(self._samples), -4)
+        (a_ns, a), (b_ns, b) = self._samples[back], self._samples[-1]
+        if b <= a:
+            return b_ns if count <= b else None
+        return b_ns + round((count - b) * (b_ns - a_ns) / (b - a))
+
+
+class Gate:
+    """`decided` is told what became of each part in front of the gate: its number and True when it was let through."""
+
+    def __init__(
+        self, settings: GateSettings, decided: Callable[[int, bool], None] = lambda part, passes: None
+    ) -> None:
+        self._settings, self._decided = settings, decided
+        self.delay = settings.counts if settings.mode == "encoder" else settings.delay_ms
+        self.pulse_ns = round(settings.pulse_ms * MS)
+        self.encoder = Encoder(round(settings.encoder_timeout_ms * MS)) if settings.mode == "encoder" else None
+        self._windows: list[Window] = []
+        self.safe = settings.polarity == "reject"  # the level that rejects whatever comes
+        self._active = False  # every link opens with its output off
+        self._held = True
+
+    @property
+    def used(self) -> bool:
+        return self._settings.mode != "plc"
+
+    def plan(self, part: int, captured_ns: int) -> None:
+        """A part was in front of the camera at that time."""
+        if self.encoder is None:
+            self._windows.append(Window(part, None, captured_ns + round(self.delay * MS)))
+            return
+        at = self.encoder.count_at(captured_ns)
+        self._windows.append(Window(part, None if at is None else at + self.delay, None))
+
+    def decide(self, part: int, passes: bool) -> None:
+        """The verdict; without effect on a part that has already been in front of the gate."""
+        for window in self._windows:
+            if window.part == part and window.ends_ns is None:
+                window.passes = passes
+
+    def hold(self, held: bool) -> None:
+        """Reject whatever comes (FAULT, not ready yet), or work."""
+        self._held = held
+
+    def abandon(self) -> None:
+        """Nobody knows any more where the parts on the way are: all are rejected, by the level that `hold` sets."""
+        for window in [window for window in self._windows if window.ends_ns is None]:
+            self._decided(window.part, False)
+            self._windows.remove(window)
+
+    @property
+    def waiting(self) -> bool:
+        """Parts are on their way to the gate, or in front of it."""
+        return bool(self._windows)
+
+    def due_ns(self) -> int | None:
+        """When `edges` has something to do next."""
+        times = [window.ends_ns or window.due_ns for window in self._windows]
+        return min((time for time in times if time is not None), default=None)
+
+    def edges(self, now_ns: int) -> list[Edge]:
+        """What must be switched by now: none or one."""
+        self._estimate()
+        last: tuple[int, int] | None = None  # (when, part) of the newest change
+        for window in self._windows:
+            if window.ends_ns is None and window.due_ns is not None and window.due_ns <= now_ns:
+                window.ends_ns = max(window.due_ns, now_ns - self.pulse_ns) + self.pulse_ns
+                last = max(last or (0, 0), (window.due_ns, window.part))
+                self._decided(window.part, window.passes and not self._held and not self._rejects(now_ns))
+        for window in [window for window in self._windows if window.ends_ns is not None and window.ends_ns <= now_ns]:
+            last = max(last or (0, 0), (window.ends_ns or 0, window.part))
+            self._windows.remove(window)
+        wanted = self._level(now_ns)
+        if wanted == self._active:
+            return []
+        self._active = wanted
+        when, part = last or (now_ns, 0)
+        return [Edge(part, wanted, when)]
+
+    def _level(self, now_ns: int) -> bool:
+        if self._held:
+            return self.safe
+        rejecting = self._rejects(now_ns)
+        if self._settings.polarity == "reject":
+            return rejecting
+        return not rejecting and any(window.ends_ns and window.passes for window in self._windows)
+
+    def _rejects(self, now_ns: int) -> bool:
+        return any(window.ends_ns and window.ends_ns > now_ns and not window.passes for window in self._windows)
+
+    def _estimate(self) -> None:
+        """The due times move with the speed of the encoder."""
+        if self.encoder is None:
+            return
+        for window in self._windows:
+            if window.ends_ns is None and window.position is not None:
+                window.due_ns = self.encoder.time_of(window.position)
