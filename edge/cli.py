@@ -1,25 +1,31 @@
-"""stpm-run: judge the frames of a camera and tell the PLC."""
+"""stpm-run: judge the parts in front of a camera and tell the PLC."""
 
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from stpm.edge.bundle import Bundle, find_bundle, open_bundle
-from stpm.edge.camera import open_camera
-from stpm.edge.command import parser, run_command, say, stop_on_signals
-from stpm.edge.engine import BACKENDS, open_engine
+import msgspec
+
+from stpm.edge.bundle import find_bundle
+from stpm.edge.check import check
+from stpm.edge.command import parser, run_command, stop_on_signals
+from stpm.edge.config import Station, read_station
+from stpm.edge.engine import BACKENDS
 from stpm.edge.latency import table
-from stpm.edge.loop import Line, Summary
-from stpm.edge.plc import open_plc
-from stpm.edge.results import Results
+from stpm.edge.loop import Loop
+from stpm.edge.plc import open_link
+from stpm.edge.plc.messages import State
+from stpm.edge.terminal import Terminal
 
 EXAMPLES = """\
   stpm-run --camera 0 --plc /dev/ttyUSB0
+  stpm-run --config line1.toml --check
+  stpm-run --config line1.toml --set camera.exposure=200 --set gate.delay_ms=350
   stpm-run --camera rtsp://10.0.0.7/stream --plc /dev/ttyS1 --baud 19200 --bundle bundles/screw-int8
-  stpm-run --camera photos/test --plc none --results results"""
+  stpm-run --camera photos/test --plc none --journal journal
+  stpm-run --camera pattern:fps=30 --plc none --backend fake     no camera, no PLC, no engine"""
 
 
 def positive(text: str) -> float:
@@ -44,35 +50,40 @@ def share(text: str) -> float:
     return value
 
 
+def setting(text: str) -> tuple[str, object]:
+    """KEY=VALUE, the value as in TOML, or a bare word."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(part.isidentifier() for part in key.split(".")):
+        raise argparse.ArgumentTypeError(f"wanted TABLE.KEY=VALUE, found {text}")
+    try:
+        return key, msgspec.toml.decode(f"value = {value}")["value"]
+    except msgspec.DecodeError:
+        return key, value
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = parser("stpm-run", "Judge the frames of a camera with a bundle and tell the PLC.", EXAMPLES)
+    options = parser("stpm-run", "Judge the parts in front of a camera with a bundle and tell the PLC.", EXAMPLES)
     add = options.add_argument
     add(
-        "--camera",
-        required=True,
-        metavar="SOURCE",
-        help="camera index, /dev/videoN, URL, video file, or folder of images",
+        "--config", type=Path, metavar="FILE", help="the station, as TOML (docs/station.md); options below override it"
     )
-    add("--plc", required=True, metavar="PORT", help="serial device or pseudo-terminal, or `none`")
-    add("--bundle", type=Path, metavar="DIR", help="default: the only bundle in ./bundles")
+    add("--camera", metavar="SOURCE", help="index, /dev/videoN, URL, genicam:NAME, video file, or folder of images")
+    add("--plc", metavar="PORT", help="serial device or pseudo-terminal, or `none`")
+    add("--protocol", choices=("ascii", "modbus-master", "modbus-slave", "pins"), help="of the PLC (default: ascii)")
+    add("--bundle", type=Path, metavar="DIR", help="recipe 1 (default: the only bundle in ./bundles)")
     add(
         "--backend",
         choices=("auto", *BACKENDS),
-        default="auto",
         help="inference engine; `fake` tries out camera and PLC with scripted verdicts (default: auto)",
     )
     add("--fps", type=positive, help="pace of a folder or video file; asked of a live camera")
-    add("--loop", action="store_true", help="start a folder or video file again at its end")
+    add("--loop", action="store_true", default=None, help="start a folder or video file again at its end")
     add("--parts", type=count, metavar="N", help="stop after N parts")
-    add("--baud", type=count, default=115200, help="speed of the serial line, 8N1 (default: 115200)")
-    add(
-        "--heartbeat",
-        type=positive,
-        default=0.5,
-        metavar="S",
-        help="longest silence on the PLC line in seconds (default: 0.5)",
-    )
-    add("--results", type=Path, metavar="DIR", help="write parts.jsonl and a picture of every reject")
+    add("--baud", type=count, help="speed of the serial line (default: 115200)")
+    add("--heartbeat", type=positive, metavar="S", help="a beat on the PLC line every S seconds (default: 0.5)")
+    add("--journal", metavar="DIR", help="write every part, and pictures of the rejects (docs/journal.md)")
+    add("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="any other key of the station")
+    add("--check", action="store_true", help="try everything, move nothing, and say what is wrong")
     add("--quiet", action="store_true", help="no line per part on the terminal")
     chosen = options.parse_args(arguments)
     return run_command(
@@ -82,56 +93,75 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
 
+def station_of(options: argparse.Namespace) -> Station:
+    """The station file with the options on top."""
+    given = {
+        "camera.source": options.camera,
+        "camera.fps": options.fps,
+        "camera.loop": options.loop,
+        "plc.port": options.plc,
+        "plc.protocol": options.protocol,
+        "plc.baud": options.baud,
+        "plc.heartbeat_s": options.heartbeat,
+        "engine.backend": options.backend,
+        "parts.limit": options.parts,
+        "journal.folder": options.journal,
+        "recipes": {"1": str(options.bundle)} if options.bundle else None,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
+    station = read_station(options.config, {**overrides, **dict(options.set)})
+    if not station.recipes:
+        station = msgspec.structs.replace(station, recipes={"1": str(find_bundle())})
+    return station
+
+
 def _run(options: argparse.Namespace) -> None:
+    station = station_of(options)
+    if options.check:
+        check(station)
+        return
+    if station.engine.backend == "fake":
+        print("WARNING: --backend fake: the verdicts are scripted, no part is inspected", file=sys.stderr)
+    # a thread that is busy hands the interpreter over sooner: the gate must not wait for 5 ms
+    sys.setswitchinterval(0.0005)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        bundle = open_bundle(options.bundle or find_bundle())
-        _introduce(bundle, options.backend)
-        engine = stack.enter_context(open_engine(bundle, options.backend))
-        say("engine: " + ", ".join(engine.describe().values()))
-        camera = open_camera(options.camera, options.fps, options.loop)
-        stack.callback(camera.close)
-        spec, threshold = bundle.manifest.preprocess, bundle.manifest.threshold.value
-        results = stack.enter_context(Results(options.results, spec, threshold)) if options.results else None
-        link = open_plc(options.plc, options.baud)
-        stack.callback(link.close)
-        line = Line(bundle, engine, camera, link, options.heartbeat, results, _reporter(options.quiet), options.parts)
+        terminal = stack.enter_context(Terminal(options.quiet))
+        for number, bundle in station.recipes.items():
+            terminal.report(f"recipe {number}: bundle {bundle}")
+        link = open_link(station.plc)
+        stack.callback(link.close, State("STOPPED"))  # where the loop has not done it
+        loop = Loop(station, link, terminal.report)
         try:
-            line.run(stop)
+            loop.run(stop)
         finally:
-            _print_summary(line.summary)
+            for text in summary(loop):
+                terminal.report(text)
 
 
-def _introduce(bundle: Bundle, backend: str) -> None:
-    manifest = bundle.manifest
-    say(
-        f"bundle {bundle.path}: {manifest.category}, {manifest.method} {manifest.precision}, threshold "
-        f"{manifest.threshold.value:.3e}, made {manifest.created}"
-    )
-    if manifest.threshold_changes:
-        change = manifest.threshold_changes[-1]
-        say(f"threshold changed {change.at} by {change.by}, before {change.before.value:.3e}: {change.reason}")
-    if backend == "fake":
-        print("WARNING: --backend fake: the verdicts are scripted, no part is inspected", file=sys.stderr)
-
-
-def _reporter(quiet: bool) -> Callable[[str], None]:
-    """What the line reports goes to the terminal; a terminal that has gone does not stop the line."""
-    return lambda text: None if quiet and text.startswith("part ") else say(text)
-
-
-def _print_summary(summary: Summary) -> None:
-    verdicts = summary.verdicts
-    say(
-        f"\ncaptured {summary.captured} = judged {summary.judged} + dropped {summary.dropped}   "
+def summary(loop: Loop) -> list[str]:
+    counts, record = loop.line.counts, loop.record
+    verdicts = counts.verdicts
+    without = f" + without a frame {counts.without_frame}" if counts.without_frame else ""
+    dropped = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items() if number)
+    lines = [
+        f"\ncaptured {counts.captured}{without} = judged {counts.judged} + dropped {sum(counts.dropped.values())}   "
         f"PASS {verdicts['PASS']}  FAIL {verdicts['FAIL']}  UNKNOWN {verdicts['UNKNOWN']}"
-    )
-    if summary.undelivered:
-        say(f"{summary.undelivered} verdict could not be delivered to the PLC")
-    if summary.lost_records:
-        say(f"{summary.lost_records} records or pictures could not be written")
-    if summary.judged:
-        say(table(summary.latency.percentiles()))
+    ]
+    if dropped:
+        lines.append(f"dropped: {dropped}")
+    if counts.gates:
+        lines.append("gate: " + ", ".join(f"{number} {what}" for what, number in counts.gates.items()))
+    if counts.late:
+        lines.append(f"{counts.late} verdicts were not there in time")
+    if counts.undelivered:
+        lines.append(f"{counts.undelivered} verdicts could not be delivered to the PLC")
+    if record.lost or record.lost_pictures:
+        lines.append(f"the journal lost {record.lost} records and {record.lost_pictures} pictures: {record.problem}")
+    percentiles = loop.line.latency.percentiles()
+    if percentiles:
+        lines.append(table(percentiles))
+    return lines
 
 
 if __name__ == "__main__":

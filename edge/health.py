@@ -21,6 +21,7 @@ class Condition:
 class Health:
     def __init__(self) -> None:
         self.phase: Phase = "BOOT"
+        self.simulated = False  # no part is inspected: the verdicts are scripted
         self.conditions: dict[str, Condition] = {}
 
     def fault(self, name: str, sentence: str, code: int = 1, latched: bool = False) -> bool:
@@ -59,9 +60,9 @@ class Health:
 
     @property
     def reason(self) -> str:
-        """Of FAULT or DEGRADED: the names of what is wrong, faults first."""
+        """Of FAULT or DEGRADED: the names of what is wrong, faults first. SIMULATED where all would be well."""
         if self.state not in ("FAULT", "DEGRADED"):
-            return ""
+            return "SIMULATED" if self.simulated and self.state in ("READY", "RUNNING") else ""
         return " ".join(sorted(self.conditions, key=lambda name: (not self.conditions[name].fault, name)))
 
     @property

@@ -14,7 +14,7 @@ import msgspec
 
 from stpm.edge.camera.messages import FrameReady
 from stpm.edge.config import Station
-from stpm.edge.engine.messages import Inspect, Inspected, InspectionFailed
+from stpm.edge.engine.messages import EngineReady, Inspect, Inspected, InspectionFailed
 from stpm.edge.errors import EngineError, PlcError
 from stpm.edge.gate import MS, Edge, Gate
 from stpm.edge.health import Health
@@ -34,16 +34,20 @@ class Engines(Protocol):
 
     active: int
 
-    def threshold(self, recipe: int) -> float: ...
+    def known(self, recipe: int) -> EngineReady:
+        """What the engine of that recipe has said of its bundle."""
+
+    def bundle(self, recipe: int) -> str:
+        """sha256 of its bundle; empty before its engine has said so."""
 
     def free(self, recipe: int) -> bool:
         """Whether that engine can take a part now: not busy, starting or dead."""
 
-    def ask(self, recipe: int, question: Inspect) -> None: ...
+    def ask(self, recipe: int, question: Inspect, now_ns: int) -> None: ...
 
 
 class Journal(Protocol):
-    def part(self, part: Part, threshold: float, lend: bool) -> bool:
+    def part(self, part: Part, lend: bool) -> bool:
         """True when the journal has borrowed the part's slot for a picture, and gives it back by itself."""
 
     def outcome(self, part: Part) -> None: ...
@@ -144,7 +148,7 @@ class Line:
             self.latency.add("inspection", answer.ended_ns - answer.began_ns)
             if now_ns - part.captured_ns > self._deadline_ns:
                 self._late(part, now_ns)
-            self._judge(part, judge(answer.score, self.engines.threshold(part.recipe)), now_ns)
+            self._judge(part, judge(answer.score, part.threshold), now_ns)
         self._give_back(part)
         self._work(now_ns)
 
@@ -187,6 +191,12 @@ class Line:
                 edge = self._edges.pop((id, active), None)
                 if edge is not None:
                     self.latency.add("gate jitter", abs(at_ns - edge.due_ns))
+            case plc.Unswitched(id, active, _, reason):
+                self._edges.pop((id, active), None)
+                self.counts.gates["not switched"] += 1
+                self.journal.event(
+                    "alarm", f"the gate was not switched {'on' if active else 'off'} for {id}: {reason}"
+                )
             case plc.Triggered(at_ns, number):
                 self.triggered(at_ns, number, now_ns)
             case plc.Counted(at_ns, count):
@@ -233,6 +243,11 @@ class Line:
         cleared = self.health.clear()
         self.journal.event("operator", f"{by} cleared {', '.join(cleared) or 'nothing: nothing was latched'}")
 
+    def close(self) -> None:
+        """The link is closed: what it has not answered by now is not delivered."""
+        for id in list(self._sent):
+            self._undelivered(id, "the line has stopped")
+
     def stop(self) -> None:
         """No further part: what waits without one is dropped; parts that have begun are still judged."""
         self.ended = True
@@ -259,7 +274,8 @@ class Line:
     def _new_part(self, began_ns: int, number: int | None = None) -> Part:
         self._key += 1
         self._id = number if number is not None else self._id + 1
-        part = Part(self._id, self._key, self.engines.active, began_ns)
+        known = self.engines.known(self.engines.active)
+        part = Part(self._id, self._key, self.engines.active, known.threshold, known.sha256, began_ns)
         if self.health.phase == "READY":
             self.health.phase = "RUNNING"
         return part
@@ -337,10 +353,12 @@ class Line:
         frame = part.frame
         assert frame is not None
         assert frame.slot is not None
-        part.asked_ns = now_ns
+        known = self.engines.known(part.recipe)  # a bundle may have been replaced since the part began
+        part.threshold, part.bundle, part.asked_ns = known.threshold, known.sha256, now_ns
         self._asked[part.key] = part
-        threshold, with_map = self.engines.threshold(part.recipe), bool(self.station.journal.folder)
-        self.engines.ask(part.recipe, Inspect(part.key, frame.slot, frame.shape, threshold, with_map))
+        with_map = bool(self.station.journal.folder)
+        question = Inspect(part.key, frame.slot, frame.shape, part.threshold, with_map)
+        self.engines.ask(part.recipe, question, now_ns)
 
     def _late(self, part: Part, now_ns: int) -> None:
         self.counts.late += 1
@@ -357,7 +375,6 @@ class Line:
         self.counts.verdicts[verdict.verdict] += 1
         self.counts.without_frame += part.frame is None
         self._awaiting.pop(part.key, None)
-        threshold = self.engines.threshold(part.recipe)
         earlier = self._sent.pop(part.id, None)
         if earlier is not None:
             self._close(earlier, "undelivered")
@@ -367,7 +384,7 @@ class Line:
                 part.id,
                 verdict.verdict,
                 verdict.score,
-                threshold,
+                part.threshold,
                 (now_ns - part.captured_ns) / MS,
                 part.found.box if part.found else None,
                 part.found.area if part.found else 0,
@@ -382,7 +399,7 @@ class Line:
         self._alarm(verdict)
         self._tell(part, verdict)
         # an engine that is late still reads the slot: no picture then
-        if self.journal.part(part, threshold, lend=part.key not in self._asked) and part.frame is not None:
+        if self.journal.part(part, lend=part.key not in self._asked) and part.frame is not None:
             part.frame = msgspec.structs.replace(part.frame, slot=None)
 
     def _alarm(self, verdict: Verdict) -> None:
@@ -440,7 +457,8 @@ class Line:
     def _announce(self) -> None:
         """Tell the PLC, the journal and the terminal when the state has changed."""
         health = self.health
-        state = plc.State(health.state, health.reason, self.engines.active, health.code)
+        active = self.engines.active
+        state = plc.State(health.state, health.reason, active, health.code, self.engines.bundle(active))
         if state != self._announced:
             self._announced = state
             self.link.post(state)

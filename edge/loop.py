@@ -1,168 +1,289 @@
-"""The line itself: self test, READY, one verdict per part until told to stop, and the safe state at the end.
+"""The event loop of a station: child processes, descriptors and timers around the line, which decides.
 
-frame → engine (preprocess, networks, score) → verdict → part → wire
+start-up (everything opens, self test) → READY → work → shut-down, with the safe state as the last word in any case.
 """
 
+import gc
+import select
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from stpm.edge.bundle import Bundle
-from stpm.edge.camera import Camera, Frame
-from stpm.edge.engine import Engine, Inspection
-from stpm.edge.errors import DeviceError, EngineError, PlcError, StpmError
-from stpm.edge.latency import Latency
-from stpm.edge.plc import Link
-from stpm.edge.plc.link import Heartbeat
-from stpm.edge.plc.protocol import Beat, Message, Part, State
-from stpm.edge.policy import Verdict, judge
-from stpm.edge.results import Results
-from stpm.edge.selftest import self_test
+from stpm.edge.camera.host import CameraHost
+from stpm.edge.config import Station
+from stpm.edge.control import Answer, Control, Request
+from stpm.edge.errors import CameraError, EngineError, PlcError, StorageError, StpmError
+from stpm.edge.line import Line
+from stpm.edge.notify import Notify
+from stpm.edge.plc import messages as plc
+from stpm.edge.plc.base import Link
+from stpm.edge.recipes import Recipes
+from stpm.edge.record import Record
+from stpm.edge.ring import Ring
 
-# an engine that fails this often in a row will not recover by itself
-FAILURES_IN_A_ROW = 10
-# how long a stop may wait for a frame that does not come
-LONGEST_WAIT_S = 0.1
-
-
-@dataclass
-class Summary:
-    """captured = judged + dropped, always; judged = PASS + FAIL + UNKNOWN."""
-
-    captured: int = 0
-    dropped: int = 0
-    undelivered: int = 0  # judged, but the link broke before the verdict was out
-    verdicts: Counter[str] = field(default_factory=Counter)
-    lost_records: int = 0
-    latency: Latency = field(default_factory=Latency)
-
-    @property
-    def judged(self) -> int:
-        return sum(self.verdicts.values())
+SLOTS = 32
+LONGEST_WAIT_S = 0.05  # a signal and a progress that stands still are looked at this often
+START_UP_S = 180.0
+FINISH_S = 5.0  # what a stop may wait for the parts in hand
 
 
-@dataclass
-class Line:
-    """One camera, one engine, one PLC link. `report` is told about every part, after the PLC."""
+class Loop:
+    """One station. `report` is told every part and every change of state; it must not wait."""
 
-    bundle: Bundle
-    engine: Engine
-    camera: Camera
-    link: Link
-    heartbeat_s: float = 0.5
-    results: Results | None = None
-    report: Callable[[str], None] = print
-    parts: int | None = None  # stop after so many
+    def __init__(self, station: Station, link: Link, report: Callable[[str], None]) -> None:
+        self._station, self._link, self._report = station, link, report
+        self._ring = Ring(SLOTS)
+        self._camera = CameraHost(station.camera, self._ring)
+        self._recipes = Recipes(station, self._ring, lambda text: self.record.event("recipe", text))
+        self.record = Record(station, self._ring, self._camera.release)
+        self.line = Line(
+            station,
+            self._recipes,
+            link,
+            self.record,
+            self._camera.take,
+            self._camera.release,
+            report,
+            self._camera.recorded,
+        )
+        self._control: Control | None = None
+        self._notify = Notify()
+        self._stop_asked = False
 
-    def __post_init__(self) -> None:
-        self.summary = Summary()
-        self._beat = Heartbeat(self.heartbeat_s)
-        self._failures = 0
-        self._failure = EngineError
-
-    def run(self, stop: threading.Event) -> Summary:
-        """Judge frames until `stop` is set or the source ends. The last line on the wire is STOPPED or FAULT."""
-        last = State("STOPPED")
+    def run(self, stop: threading.Event) -> None:
+        """Judge parts until `stop` is set, the source ends, or the last part is done. StpmError when that fails."""
+        last = plc.State("STOPPED")
         try:
-            self._start_up()
+            if self._station.control.socket:
+                self._control = Control(self._station.control.socket)
+            self._start_up(stop)
             if not stop.is_set():
                 self._ready()
-                self._judge_until(stop)
+                self._work(stop)
+                self._finish()
         except StpmError as error:
-            last = State("FAULT", type(error).__name__)
+            last = plc.State("FAULT", type(error).__name__, self._recipes.active, error.exit_code)
             raise
         except BaseException as error:
-            last = State("FAULT", f"unexpected {type(error).__name__}")
+            last = plc.State("FAULT", f"unexpected {type(error).__name__}", self._recipes.active, 1)
             raise
         finally:
             self._shut_down(last)
-        return self.summary
+        if self.line.counts.undelivered and self._camera.ended:
+            raise PlcError(
+                f"{self.line.counts.undelivered} of {self.line.counts.judged} verdicts could not be delivered to the "
+                "PLC: check cable and PLC, then run it again"
+            )
 
-    def _start_up(self) -> None:
-        self._send(State("BOOT"))
-        self._send(State("SELF_TEST"))
-        deviation = self_test(self.bundle, self.engine)
-        self.engine.warm_up()
-        self.report(f"self test passed: largest deviation {deviation:.2%} of the golden scores")
+    # --- start-up
+
+    def _start_up(self, stop: threading.Event) -> None:
+        """Everything opens side by side. What does not is an error now; later it would be mended."""
+        line, deadline = self.line, time.monotonic() + START_UP_S
+        line.tick(time.monotonic_ns())  # BOOT
+        line.health.phase = "SELF_TEST"
+        while not (self._recipes.ready and self._camera.ready and self.record.ready) and not stop.is_set():
+            self._turn()
+            self._recipes.raise_failure()
+            if self._camera.error:
+                raise CameraError(self._camera.error)
+            if self.record.error:
+                raise StorageError(self.record.error)
+            if time.monotonic() > deadline:
+                raise EngineError(f"the station has not come up within {START_UP_S:g} s: start it again")
 
     def _ready(self) -> None:
-        simulated = self.engine.describe()["backend"] == "fake"
-        self._send(State("READY", "SIMULATED" if simulated else ""))
-        self.report("READY")
+        known = self._recipes.known(self._recipes.active)
+        self._report(f"self test passed: largest deviation {known.deviation:.2%} of the golden scores")
+        self._report("engine: " + ", ".join(known.description.values()))
+        opened = self._camera.opened
+        if opened is not None:
+            self._report(f"camera: {opened.description}")
+            for name, (asked, found) in opened.settings.items():
+                if asked != found:
+                    self._report(f"WARNING: camera.{name}: asked for {asked}, the camera says {found}")
+        if known.description.get("backend") == "fake":
+            self.line.health.simulated = True
+        self.record.begin({number: self._recipes.known(number) for number in self._recipes.numbers})
+        gc.collect()
+        gc.freeze()  # what is there now stays; later collections are short
+        self.line.health.phase = "READY"
+        self._notify.say("READY=1")
 
-    def _judge_until(self, stop: threading.Event) -> None:
-        while not stop.is_set() and not self.camera.finished and self.summary.judged != self.parts:
-            frame = self.camera.read(timeout=min(self._beat.due_in(), LONGEST_WAIT_S))
-            if frame is not None:
-                self._judge(frame)
-            elif self._beat.due_in() == 0:
-                self._send(Beat(self.summary.judged))
+    # --- work
 
-    def _judge(self, frame: Frame) -> None:
+    def _work(self, stop: threading.Event) -> None:
+        while not (stop.is_set() or self._stop_asked or self.line.finished):
+            self._turn()
+            if self._camera.ended and not self.line.ended:
+                self.line.ended = True
+            if self._camera.recorded and self._camera.error:
+                raise CameraError(self._camera.error)  # begun again, a recording would be judged twice
+
+    def _finish(self) -> None:
+        """The parts in hand get their verdict, and it is delivered; then it is over, in any case after a while."""
+        self.line.stop()
+        deadline = time.monotonic() + FINISH_S
+        while not self.line.finished and time.monotonic() < deadline:
+            self._turn()
+
+    def _turn(self) -> None:
+        """Wait for something to happen, and let the line decide."""
+        descriptors = [
+            number
+            for number in (self._camera.fileno(), self._link.fileno(), self.record.fileno(), *self._recipes.filenos())
+            if number is not None
+        ]
+        if self._control is not None:
+            descriptors += self._control.filenos()
+        select.select(descriptors, [], [], self._wait_s())
+        now = time.monotonic_ns()
+        line = self.line
+        answers, lost = self._recipes.poll(now)
+        for answer in answers:
+            line.inspected(answer, now)
+        for key, sentence in lost:
+            line.engine_lost([key], sentence, now)
+        for event in self._link.events():
+            if isinstance(event, plc.RecipeAsked):
+                self._recipes.switch(event.recipe, self._told("the PLC"), now)
+            else:
+                line.link_event(event, now)
+        frames, gone = self._camera.poll(now)
+        for frame in frames:
+            line.frame_ready(frame, now)
+        if gone:
+            line.camera_lost(self._camera.error, now)
+        for slot in self.record.poll(now):
+            self._camera.release(slot)
+        self._look_after(now)
+        line.tick(now)
+        if self._control is not None:
+            for request, reply in self._control.poll():
+                self._answer(request, reply, now)
+        self._notify.alive(now)
+
+    def _wait_s(self) -> float:
+        """Until the next thing is due."""
+        now = time.monotonic_ns()
+        times = [self.line.due_ns(), self._recipes.due_ns(), self._camera.supervisor.due_ns(), self.record.due_ns()]
+        earliest = min(time for time in times if time is not None)
+        return min(max(earliest - now, 0) / 1e9, LONGEST_WAIT_S)
+
+    def _look_after(self, now: int) -> None:
+        """What the processes are up to, as conditions of the line."""
+        health = self.line.health
+        if health.phase not in ("READY", "RUNNING"):
+            return
+        absent = self._recipes.failures()
+        for number in self._recipes.numbers:
+            active = number == self._recipes.active
+            name = "engine" if active else f"engine {number}"
+            if number not in absent:
+                self._settle(name, "engine")
+            elif active:
+                self._raise(name, "engine", absent[number], EngineError.exit_code)
+            elif health.warn(name, absent[number], EngineError.exit_code):
+                self.record.event("engine", absent[number])
+        if self._camera.ready or self._camera.ended:
+            self._settle("camera", "camera")
+        else:
+            self._raise("camera", "camera", self._camera.error or "the camera is opening", CameraError.exit_code)
+        if self.record.problem:
+            if health.warn("journal", self.record.problem, StorageError.exit_code):
+                self._report(f"journal: {self.record.problem}")
+        elif health.settle("journal"):
+            self._report("journal: is written again")
+
+    def _raise(self, name: str, kind: str, sentence: str, code: int) -> None:
+        if self.line.health.fault(name, sentence, code):
+            self.record.event(kind, sentence)
+            self._report(f"{kind}: {sentence}")
+
+    def _settle(self, name: str, kind: str) -> None:
+        if self.line.health.settle(name):
+            self.record.event(kind, f"{name} is there again")
+            self._report(f"{kind}: {name} is there again")
+
+    # --- operators
+
+    def _told(self, by: str, reply: Callable[[Answer], None] = lambda answer: None) -> Callable[[bool, str], None]:
+        """What is done when a change of recipe has come to its end."""
+
+        def done(good: bool, text: str) -> None:
+            self.record.event("recipe", f"{by}: {text}")
+            self._report(f"recipe: {text}")
+            if good:
+                self.line.health.settle("recipe")
+            else:
+                self.line.health.warn("recipe", text, EngineError.exit_code)
+            reply(Answer(good, text))
+
+        return done
+
+    def _answer(self, request: Request, reply: Callable[[Answer], None], now: int) -> None:
+        recipe = self._recipes.active if request.recipe is None else request.recipe
+        match request.verb:
+            case "status":
+                reply(Answer(True, self.line.health.state, self.status()))
+            case "recipe":
+                self._recipes.switch(recipe, self._told(request.by, reply), now)
+            case "reload":
+                self._recipes.reload(recipe, self._told(request.by, reply), now)
+            case "rollback":
+                self._recipes.rollback(recipe, self._told(request.by, reply), now)
+            case "clear":
+                self.line.clear(request.by)
+                reply(Answer(True, "cleared"))
+            case "stop":
+                self.record.event("operator", f"{request.by} stopped the line")
+                self._stop_asked = True
+                reply(Answer(True, "stopping"))
+
+    def status(self) -> dict[str, object]:
+        counts, health = self.line.counts, self.line.health
+        return {
+            "state": health.state,
+            "conditions": {name: condition.sentence for name, condition in health.conditions.items()},
+            "recipe": self._recipes.active,
+            "parts": dict(counts.verdicts),
+            "captured": counts.captured,
+            "without frame": counts.without_frame,
+            "dropped": dict(counts.dropped),
+            "late": counts.late,
+            "undelivered": counts.undelivered,
+            "garbage": counts.garbage,
+            "gate": dict(counts.gates),
+            "lost": {"records": self.record.lost, "pictures": self.record.lost_pictures},
+            "restarts": {
+                "camera": self._camera.supervisor.restarts,
+                "engine": self._recipes.restarts(),
+                "journal": self.record.restarts,
+            },
+        }
+
+    # --- shut-down
+
+    def _shut_down(self, last: plc.State) -> None:
+        """The safe state first, whatever else fails; then let go of everything."""
+        self._notify.say("STOPPING=1")
+        gate = self.line.gate
+        if gate.used and gate.safe:
+            self._link.post(plc.Gate(0, True))
         try:
-            inspection, verdict = self._examine(frame)
-        except BaseException:
-            self.summary.verdicts["UNKNOWN"] += 1
-            self.summary.undelivered += 1
-            raise
-        self.summary.verdicts[verdict.verdict] += 1
-        self._deliver(Part(frame.number, verdict.verdict, verdict.score))
-        elapsed = time.monotonic_ns() - frame.captured_ns
-        self.summary.latency.add("capture to wire", elapsed)
-        if self.results is not None:
-            self.results.add(frame, verdict, inspection, elapsed / 1e6)
-        score = "-" if verdict.score is None else f"{verdict.score:.3e}"
-        self.report(
-            f"part {frame.number:>6}  {verdict.verdict:<7} {score:>10}  {elapsed / 1e6:6.1f} ms  "
-            f"{frame.name}{'  ' + verdict.reason if verdict.verdict == 'UNKNOWN' else ''}"
-        )
-        if self._failures >= FAILURES_IN_A_ROW:
-            raise self._failure(f"the engine has failed and does not recover, the last time: {verdict.reason}")
-
-    def _deliver(self, part: Part) -> None:
-        try:
-            with self.summary.latency.stage("wire"):
-                self._send(part)
-        except PlcError:
-            self.summary.undelivered += 1
-            raise
-
-    def _examine(self, frame: Frame) -> tuple[Inspection | None, Verdict]:
-        """The verdict of a frame; whatever goes wrong on the way is UNKNOWN, and that is a reject."""
-        threshold = self.bundle.manifest.threshold.value
-        if frame.image is None:
-            return None, judge(None, threshold, frame.problem)
-        stage = self.summary.latency.stage
-        try:
-            with stage("inspection"):
-                inspection = self.engine.inspect(frame.image, threshold, with_map=self.results is not None)
-        except EngineError as error:
-            # a GPU that is gone does not come back: this part is rejected, and then the line stops
-            self._failures += FAILURES_IN_A_ROW if isinstance(error, DeviceError) else 1
-            self._failure = type(error)
-            return None, judge(None, threshold, str(error))
-        except StpmError as error:
-            return None, judge(None, threshold, str(error))
-        self._failures = 0
-        with stage("decision"):
-            verdict = judge(inspection.score, threshold)
-        return inspection, verdict
-
-    def _send(self, message: Message) -> None:
-        self.link.send(message)
-        self._beat.sent()
-
-    def _shut_down(self, last: State) -> None:
-        """Leave the output in the safe state, whatever else failed before; then let go and count."""
-        try:
-            self._send(last)
-        except PlcError as error:
-            # the PLC hears no heartbeat from now on, and rejects
-            self.report(f"the last state {last.state} could not be sent: {error}")
+            if not self._link.close(last):
+                # the PLC hears no heartbeat from now on, and rejects
+                self._report(f"the last state {last.state} could not be sent")
+            for event in self._link.events():
+                if not isinstance(event, plc.RecipeAsked):
+                    self.line.link_event(event, time.monotonic_ns())
         finally:
-            self.link.close()
-            self.camera.close()
-            self.summary.captured, self.summary.dropped = self.camera.captured, self.camera.dropped
-            self.summary.lost_records = self.results.lost if self.results else 0
+            self.line.health.phase = "STOPPED"
+            self.record.event("state", last.state + (f" ({last.reason})" if last.reason else ""))
+            self._camera.end()
+            self._recipes.end()
+            self.line.close()
+            self.record.close()
+            if self._control is not None:
+                self._control.close()
+            self._ring.close()

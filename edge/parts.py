@@ -15,6 +15,8 @@ class Part:
     id: int  # on the wire and in the journal: the PLC's number of its trigger, or our own count
     key: int  # of this run, never twice: what camera and engine are asked with
     recipe: int
+    threshold: float
+    bundle: str  # sha256
     began_ns: int  # trigger, or capture where frames come by themselves
     frame: FrameReady | None = None
     verdict: Verdict | None = None

@@ -1,11 +1,12 @@
 """Keeps one child process alive: kill, wait, start again. The time is passed in."""
 
 from collections.abc import Callable
+from typing import Any
 
 from stpm.edge.worker import Worker
 
 FIRST_DELAY_NS = 100_000_000
-LONGEST_DELAY_NS = 5_000_000_000
+LONGEST_DELAY_NS = 1_500_000_000
 # a child that was well for so long begins again with the shortest delay
 WELL_NS = 10_000_000_000
 
@@ -31,17 +32,18 @@ class Supervisor:
         """The child has said that it is ready."""
         self._well_since_ns = now_ns
 
-    def down(self, now_ns: int) -> None:
-        """The child has gone or must go: it is killed, and another starts after a delay that doubles."""
+    def down(self, now_ns: int) -> list[Any]:
+        """The child has gone or must go: it is killed, and another starts after a delay that doubles. What it said."""
         if self.worker is None:
-            return
-        self.worker.kill()
+            return []
+        said = self.worker.kill()
         self.worker = None
         if self._well_since_ns is not None and now_ns - self._well_since_ns > WELL_NS:
             self._failures = 0
         self._well_since_ns = None
         self._start_at_ns = now_ns + min(FIRST_DELAY_NS << min(self._failures, 10), LONGEST_DELAY_NS)
         self._failures += 1
+        return said
 
     def due_ns(self) -> int | None:
         """When the next start is due; None while the child is there."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from stpm.edge.channel import Channel, pair
+from stpm.edge.channel import Channel, ChannelClosedError, pair
 from stpm.edge.ring import Ring
 
 _PR_SET_PDEATHSIG = 1
@@ -49,15 +49,21 @@ class Worker:
         try:
             self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self.process.kill()
 
-    def kill(self) -> None:
-        """At once. A child that even SIGKILL does not end, because it hangs in a driver, is left to the system."""
-        self.channel.close()
+    def kill(self) -> list[Any]:
+        """At once; what the child had still said. One that even SIGKILL does not end, because it hangs in a driver, is
+        left to the system."""
         self.process.kill()
         deadline = time.monotonic() + 0.5
         while self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
+        try:
+            return self.channel.receive()
+        except ChannelClosedError:
+            return []
+        finally:
+            self.channel.close()
 
 
 def serve(configuration: type[msgspec.Struct], receives: Any, main: Callable[[Any, Channel[Any], Ring], None]) -> None:

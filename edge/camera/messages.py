@@ -18,6 +18,7 @@ class CameraSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loop: bool = False  # a folder or video file starts again at its end
     frozen_after: int = 3  # so many identical frames in a row are a frozen camera; 0: never (not for recordings)
     stall_s: float = 2.0  # a camera process that does not get on for so long is killed and started again
+    open_s: float = 10.0  # and one that has not opened its source
 
 
 class CameraOpened(msgspec.Struct, frozen=True, tag=True):

@@ -1,0 +1,160 @@
+"""stpm-ctl: what an operator may ask of a running line, over a Unix socket that its user and group may open.
+
+One connection is one request and one answer, both JSON: {"verb": "recipe", "recipe": 2} → {"ok": true, "text": "..."}.
+"""
+
+import argparse
+import getpass
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from stpm.edge.command import parser, run_command, say
+from stpm.edge.errors import ConfigError, StpmError
+
+LONGEST = 32 << 10
+Verb = Literal["status", "recipe", "reload", "rollback", "clear", "stop"]
+
+EXAMPLES = """\
+  stpm-ctl --socket /run/stpm/line1.sock status
+  stpm-ctl --socket /run/stpm/line1.sock recipe 2     judge with recipe 2 from the next part on
+  stpm-ctl --socket /run/stpm/line1.sock reload 1     load the bundle of recipe 1 again, which was replaced on disk
+  stpm-ctl --socket /run/stpm/line1.sock rollback 1   go back to the bundle before the last reload
+  stpm-ctl --socket /run/stpm/line1.sock clear        the missed trigger, the overrun has been looked at"""
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    verb: Verb
+    recipe: int | None = None
+    by: str = "somebody"
+
+
+class Answer(msgspec.Struct, frozen=True):
+    ok: bool
+    text: str
+    details: dict[str, object] = {}
+
+
+class Control:
+    """The line's side. Never waits: a caller that does not read its answer goes without."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            if self._path.is_socket() and not _answered(self._path):
+                self._path.unlink()  # of a line that was killed
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._listener.bind(path)
+        except OSError as error:
+            self._listener.close()
+            raise ConfigError(
+                f"cannot listen at control.socket {path} ({error.strerror}): give another path, or stop the line that "
+                "uses it"
+            ) from error
+        self._path.chmod(0o660)
+        self._listener.listen(8)
+        self._listener.setblocking(False)
+        self._callers: list[socket.socket] = []
+
+    def filenos(self) -> list[int]:
+        return [self._listener.fileno(), *(caller.fileno() for caller in self._callers)]
+
+    def poll(self) -> list[tuple[Request, Callable[[Answer], None]]]:
+        """The requests that have come, each with what answers it."""
+        try:
+            while True:
+                caller, _ = self._listener.accept()
+                caller.setblocking(False)
+                self._callers.append(caller)
+        except BlockingIOError:
+            pass  # nobody else calls
+        requests = []
+        for caller in list(self._callers):
+            try:
+                data = caller.recv(LONGEST)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            self._callers.remove(caller)
+            try:
+                request = msgspec.json.decode(data, type=Request)
+            except msgspec.DecodeError as error:
+                _reply(caller, Answer(False, f"not a request: {error}"))
+                continue
+            requests.append((request, lambda answer, caller=caller: _reply(caller, answer)))
+        return requests
+
+    def close(self) -> None:
+        for connection in (self._listener, *self._callers):
+            connection.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _reply(caller: socket.socket, answer: Answer) -> None:
+    with caller:
+        try:
+            caller.send(msgspec.json.encode(answer))
+        except OSError:
+            return  # the caller has gone
+
+
+def _answered(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def ask(path: str, request: Request, timeout_s: float = 150) -> Answer:
+    """The answer of the line that listens at `path`. ConfigError when none does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(path)
+            connection.send(msgspec.json.encode(request))
+            data = connection.recv(LONGEST)
+        except OSError as error:
+            raise ConfigError(
+                f"no line answers at {path} ({error.strerror or error}): check --socket and that stpm-run is running "
+                "with control.socket set"
+            ) from error
+    if not data:
+        raise ConfigError(f"the line at {path} has stopped before it answered")
+    return msgspec.json.decode(data, type=Answer)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser("stpm-ctl", "Ask a running line for something.", EXAMPLES)
+    options.add_argument("--socket", required=True, metavar="PATH", help="control.socket of the station")
+    options.add_argument("--json", action="store_true", help="the answer as JSON")
+    options.add_argument("verb", choices=Verb.__args__)  # type: ignore[attr-defined]
+    options.add_argument("recipe", nargs="?", type=int, help="its number, for recipe, reload and rollback")
+    chosen = options.parse_args(arguments)
+    if chosen.verb == "recipe" and chosen.recipe is None:
+        options.error("recipe needs a number")
+    return run_command("stpm-ctl", lambda: _run(chosen), "the line goes on")
+
+
+def _run(options: argparse.Namespace) -> None:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    answer = ask(options.socket, Request(options.verb, options.recipe, user))
+    if options.json:
+        say(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())
+    elif answer.ok:
+        say(answer.text)
+        for name, value in answer.details.items():
+            say(f"  {name:<12}{value}")
+    if not answer.ok:
+        raise StpmError(answer.text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

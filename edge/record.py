@@ -1,0 +1,1 @@
+"""What the line writes into its journal, when it has one."""
