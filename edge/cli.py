@@ -11,7 +11,7 @@ import msgspec
 from stpm.edge.bundle import find_bundle
 from stpm.edge.check import check
 from stpm.edge.command import parser, run_command, stop_on_signals
-from stpm.edge.config import Station, read_station
+from stpm.edge.config import Station, checked, read_station
 from stpm.edge.engine import BACKENDS
 from stpm.edge.latency import table
 from stpm.edge.loop import Loop
@@ -112,7 +112,7 @@ def station_of(options: argparse.Namespace) -> Station:
     station = read_station(options.config, {**overrides, **dict(options.set)})
     if not station.recipes:
         station = msgspec.structs.replace(station, recipes={"1": str(find_bundle())})
-    return station
+    return checked(station)
 
 
 def _run(options: argparse.Namespace) -> None:

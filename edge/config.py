@@ -14,7 +14,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -22,6 +22,10 @@ from stpm.edge.camera.messages import CameraSettings
 from stpm.edge.errors import ConfigError
 from stpm.edge.journal.messages import JournalSettings
 from stpm.edge.plc.settings import PlcSettings
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class StationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,10 +35,10 @@ class StationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PartSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[parts]"""
 
-    deadline_ms: float = 500.0  # from trigger or capture to verdict; later is UNKNOWN
-    queue: int = 8  # frames that may wait for the engine
-    alarm_after: int = 10  # consecutive rejects; 0: no alarm
-    limit: int | None = None  # stop after so many
+    deadline_ms: Positive = 500.0  # from trigger or capture to verdict; later is UNKNOWN
+    queue: AtLeastOne = 8  # frames that may wait for the engine
+    alarm_after: NotNegative = 10  # consecutive rejects; 0: no alarm
+    limit: AtLeastOne | None = None  # stop after so many
 
 
 class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,10 +46,10 @@ class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     mode: Literal["plc", "delay", "encoder"] = "plc"  # who finds the moment: the PLC; the clock; the encoder
     polarity: Literal["reject", "accept"] = "reject"  # what the pulse does to the part
-    delay_ms: float = 0.0  # from capture
-    counts: int = 0  # from capture, mode encoder
-    pulse_ms: float = 50.0
-    encoder_timeout_ms: float = 200.0  # an encoder that is not heard for so long is lost
+    delay_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # from capture, mode delay
+    counts: NotNegative = 0  # from capture, mode encoder
+    pulse_ms: Positive = 50.0
+    encoder_timeout_ms: Positive = 200.0  # an encoder that is not heard for so long is lost
 
 
 class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,7 +61,7 @@ class EngineChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     backend: Literal["auto", "tensorrt", "openvino", "fake"] = "auto"
     script: str = ""  # of the fake engine
-    hang_ms: float = 2000.0  # an inspection that takes longer hangs: its process is killed and started again
+    hang_ms: Positive = 2000.0  # an inspection that takes longer hangs: its process is killed and started again
 
 
 class Station(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +98,39 @@ def read_station(path: Path | None, overrides: Mapping[str, object]) -> Station:
         return msgspec.convert(values, Station)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_explained(str(error))}") from error
+
+
+def checked(station: Station) -> Station:
+    """The station; ConfigError where settings are missing or contradict each other."""
+    camera, gate, plc = station.camera, station.gate, station.plc
+    two_way = plc.port != "none" and (plc.protocol != "pins" or plc.pins.trigger != "none")
+    contradictions = {
+        "camera.source is missing: give --camera SOURCE": not camera.source,
+        "plc.port is missing: give --plc PORT, or `none`": not plc.port,
+        "recipes have numbers, 1 and up: correct [recipes]": not all(key.isdecimal() for key in station.recipes),
+        'camera.trigger = "software" needs a PLC that triggers: set plc.port, and plc.pins.trigger for pins': (
+            camera.trigger == "software" and not two_way
+        ),
+        'gate.mode = "delay" needs gate.delay_ms, from the camera to the gate': (
+            gate.mode == "delay" and not gate.delay_ms
+        ),
+        'gate.mode = "encoder" needs gate.counts, from the camera to the gate': (
+            gate.mode == "encoder" and not gate.counts
+        ),
+        'gate.mode = "encoder" needs a PLC that sends counts: ascii or Modbus': (
+            gate.mode == "encoder" and (plc.port == "none" or plc.protocol == "pins")
+        ),
+        'plc.protocol = "pins" needs gate.mode "delay": two outputs can tell a PLC no part\'s verdict': (
+            plc.port != "none" and plc.protocol == "pins" and gate.mode == "plc"
+        ),
+        'a gate needs every part: set camera.policy = "every" or camera.trigger = "software"': (
+            gate.mode != "plc" and camera.policy == "latest" and camera.trigger == "free" and bool(camera.source)
+        ),
+    }
+    for sentence, wrong in contradictions.items():
+        if wrong:
+            raise ConfigError(sentence)
+    return station
 
 
 def _explained(error: str) -> str:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +75,7 @@ class Control:
                 self._callers.append(caller)
         except BlockingIOError:
             pass  # nobody else calls
-        requests = []
+        requests: list[tuple[Request, Callable[[Answer], None]]] = []
         for caller in list(self._callers):
             try:
                 data = caller.recv(LONGEST)
@@ -88,7 +89,7 @@ class Control:
             except msgspec.DecodeError as error:
                 _reply(caller, Answer(False, f"not a request: {error}"))
                 continue
-            requests.append((request, lambda answer, caller=caller: _reply(caller, answer)))
+            requests.append((request, partial(_reply, caller)))
         return requests
 
     def close(self) -> None:

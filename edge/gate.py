@@ -81,10 +81,11 @@ class Encoder:
 
 
 class Gate:
-    """`decided` is told what became of each part in front of the gate: its number and True when it was let through."""
+    """`decided` is told of each part in front of the gate: "passed", "rejected", or "missed", known too late to be
+    pushed off."""
 
     def __init__(
-        self, settings: GateSettings, decided: Callable[[int, bool], None] = lambda part, passes: None
+        self, settings: GateSettings, decided: Callable[[int, str], None] = lambda part, outcome: None
     ) -> None:
         self._settings, self._decided = settings, decided
         self.delay = settings.counts if settings.mode == "encoder" else settings.delay_ms
@@ -100,12 +101,18 @@ class Gate:
         return self._settings.mode != "plc"
 
     def plan(self, part: int, captured_ns: int) -> None:
-        """A part was in front of the camera at that time."""
-        if self.encoder is None:
-            self._windows.append(Window(part, None, captured_ns + round(self.delay * MS)))
+        """A part was in front of the camera at that time; said again when the time is known better."""
+        window = next((window for window in self._windows if window.part == part), None)
+        if window is None:
+            window = Window(part, None, None)
+            self._windows.append(window)
+        if window.ends_ns is not None:
             return
-        at = self.encoder.count_at(captured_ns)
-        self._windows.append(Window(part, None if at is None else at + self.delay, None))
+        if self.encoder is None:
+            window.due_ns = captured_ns + round(self.delay * MS)
+        else:
+            at = self.encoder.count_at(captured_ns)
+            window.position = None if at is None else at + self.delay
 
     def decide(self, part: int, passes: bool) -> None:
         """The verdict; without effect on a part that has already been in front of the gate."""
@@ -120,7 +127,7 @@ class Gate:
     def abandon(self) -> None:
         """Nobody knows any more where the parts on the way are: all are rejected, by the level that `hold` sets."""
         for window in [window for window in self._windows if window.ends_ns is None]:
-            self._decided(window.part, False)
+            self._decided(window.part, "rejected")
             self._windows.remove(window)
 
     @property
@@ -139,9 +146,9 @@ class Gate:
         last: tuple[int, int] | None = None  # (when, part) of the newest change
         for window in self._windows:
             if window.ends_ns is None and window.due_ns is not None and window.due_ns <= now_ns:
-                window.ends_ns = max(window.due_ns, now_ns - self.pulse_ns) + self.pulse_ns
+                window.ends_ns = window.due_ns + self.pulse_ns
                 last = max(last or (0, 0), (window.due_ns, window.part))
-                self._decided(window.part, window.passes and not self._held and not self._rejects(now_ns))
+                self._decided(window.part, self._outcome(window, now_ns))
         for window in [window for window in self._windows if window.ends_ns is not None and window.ends_ns <= now_ns]:
             last = max(last or (0, 0), (window.ends_ns or 0, window.part))
             self._windows.remove(window)
@@ -151,6 +158,12 @@ class Gate:
         self._active = wanted
         when, part = last or (now_ns, 0)
         return [Edge(part, wanted, when)]
+
+    def _outcome(self, window: Window, now_ns: int) -> str:
+        if window.passes and not self._held and not self._rejects(now_ns):
+            return "passed"
+        past = window.ends_ns is not None and window.ends_ns <= now_ns
+        return "missed" if past and self._settings.polarity == "reject" and not self._held else "rejected"
 
     def _level(self, now_ns: int) -> bool:
         if self._held:

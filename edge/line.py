@@ -50,7 +50,7 @@ class Journal(Protocol):
     def part(self, part: Part, lend: bool) -> bool:
         """True when the journal has borrowed the part's slot for a picture, and gives it back by itself."""
 
-    def outcome(self, part: Part) -> None: ...
+    def outcome(self, part: Part, last: bool) -> None: ...
 
     def event(self, kind: str, text: str) -> None: ...
 
@@ -148,7 +148,7 @@ class Line:
             self.latency.add("inspection", answer.ended_ns - answer.began_ns)
             if now_ns - part.captured_ns > self._deadline_ns:
                 self._late(part, now_ns)
-            self._judge(part, judge(answer.score, part.threshold), now_ns)
+            self._judge(part, judge(answer.score, part.known.threshold), now_ns)
         self._give_back(part)
         self._work(now_ns)
 
@@ -218,7 +218,7 @@ class Line:
 
     def tick(self, now_ns: int) -> None:
         """Everything that is due by now."""
-        for part in [*self._awaiting.values(), *self._queue, *self._asked.values()]:
+        for part in [*self._asked.values(), *self._queue, *self._awaiting.values()]:
             if part.verdict is None and now_ns - part.captured_ns > self._deadline_ns:
                 self._late(part, now_ns)
         self._work(now_ns)
@@ -275,7 +275,10 @@ class Line:
         self._key += 1
         self._id = number if number is not None else self._id + 1
         known = self.engines.known(self.engines.active)
-        part = Part(self._id, self._key, self.engines.active, known.threshold, known.sha256, began_ns)
+        part = Part(self._id, self._key, self.engines.active, known, began_ns)
+        if self.gate.used:
+            self._at_the_gate[part.key] = part
+            self.gate.plan(part.key, began_ns)
         if self.health.phase == "READY":
             self.health.phase = "RUNNING"
         return part
@@ -315,6 +318,8 @@ class Line:
 
     def _got_frame(self, part: Part, frame: FrameReady, now_ns: int) -> None:
         part.frame, part.arrived_ns = frame, now_ns
+        if part.key in self._at_the_gate:
+            self.gate.plan(part.key, frame.captured_ns)
         if frame.problem or frame.slot is None:
             self._judge(part, judge(None, 0, frame.problem or "the frame could not be kept"), now_ns)
             self._give_back(part)
@@ -353,11 +358,11 @@ class Line:
         frame = part.frame
         assert frame is not None
         assert frame.slot is not None
-        known = self.engines.known(part.recipe)  # a bundle may have been replaced since the part began
-        part.threshold, part.bundle, part.asked_ns = known.threshold, known.sha256, now_ns
+        part.known = self.engines.known(part.recipe)  # a bundle may have been replaced since the part began
+        part.asked_ns = now_ns
         self._asked[part.key] = part
         with_map = bool(self.station.journal.folder)
-        question = Inspect(part.key, frame.slot, frame.shape, part.threshold, with_map)
+        question = Inspect(part.key, frame.slot, frame.shape, part.known.threshold, with_map)
         self.engines.ask(part.recipe, question, now_ns)
 
     def _late(self, part: Part, now_ns: int) -> None:
@@ -384,7 +389,7 @@ class Line:
                 part.id,
                 verdict.verdict,
                 verdict.score,
-                part.threshold,
+                part.known.threshold,
                 (now_ns - part.captured_ns) / MS,
                 part.found.box if part.found else None,
                 part.found.area if part.found else 0,
@@ -392,10 +397,7 @@ class Line:
                 part.captured_ns + self._expire_ns,
             )
         )
-        if self.gate.used:
-            self._at_the_gate[part.key] = part
-            self.gate.plan(part.key, part.captured_ns)
-            self.gate.decide(part.key, verdict.verdict == "PASS")
+        self.gate.decide(part.key, verdict.verdict == "PASS")
         self._alarm(verdict)
         self._tell(part, verdict)
         # an engine that is late still reads the slot: no picture then
@@ -440,7 +442,7 @@ class Line:
     def _close(self, part: Part, delivery: str) -> None:
         part.delivery = delivery
         self.counts.undelivered += delivery == "undelivered"
-        self.journal.outcome(part)
+        self.journal.outcome(part, last=part.key not in self._at_the_gate)
 
     def _listen(self, now_ns: int) -> None:
         """A PLC that has stopped beating may have stopped reading too."""
@@ -479,11 +481,15 @@ class Line:
             self._edges[edge.part, edge.active] = edge
             self.link.post(plc.Gate(edge.part, edge.active))
 
-    def _at_gate(self, key: int, passes: bool) -> None:
+    def _at_gate(self, key: int, outcome: str) -> None:
         part = self._at_the_gate.pop(key)
-        part.gate = "passed" if passes else "rejected"
-        self.counts.gates[part.gate] += 1
-        self.journal.outcome(part)
+        part.gate = outcome
+        self.counts.gates[outcome] += 1
+        self.journal.outcome(part, last=self._sent.get(part.id) is not part)
+        if outcome == "missed":
+            sentence = f"part {part.id} was past the gate before it could be rejected: gate.delay_ms is too short"
+            if self.health.fault("gate", sentence, PlcError.exit_code, latched=True):
+                self.journal.event("alarm", sentence)
 
     # --- slots
 

@@ -24,6 +24,7 @@ from stpm.edge.ring import Ring
 SLOTS = 32
 LONGEST_WAIT_S = 0.05  # a signal and a progress that stands still are looked at this often
 START_UP_S = 180.0
+JOURNAL_S = 3.0
 FINISH_S = 5.0  # what a stop may wait for the parts in hand
 
 
@@ -35,7 +36,7 @@ class Loop:
         self._ring = Ring(SLOTS)
         self._camera = CameraHost(station.camera, self._ring)
         self._recipes = Recipes(station, self._ring, lambda text: self.record.event("recipe", text))
-        self.record = Record(station, self._ring, self._camera.release)
+        self.record = Record(station, self._ring)
         self.line = Line(
             station,
             self._recipes,
@@ -82,13 +83,11 @@ class Loop:
         line, deadline = self.line, time.monotonic() + START_UP_S
         line.tick(time.monotonic_ns())  # BOOT
         line.health.phase = "SELF_TEST"
-        while not (self._recipes.ready and self._camera.ready and self.record.ready) and not stop.is_set():
+        while not (self._recipes.ready and self._camera.ready) and not stop.is_set():
             self._turn()
             self._recipes.raise_failure()
             if self._camera.error:
                 raise CameraError(self._camera.error)
-            if self.record.error:
-                raise StorageError(self.record.error)
             if time.monotonic() > deadline:
                 raise EngineError(f"the station has not come up within {START_UP_S:g} s: start it again")
 
@@ -104,11 +103,18 @@ class Loop:
                     self._report(f"WARNING: camera.{name}: asked for {asked}, the camera says {found}")
         if known.description.get("backend") == "fake":
             self.line.health.simulated = True
-        self.record.begin({number: self._recipes.known(number) for number in self._recipes.numbers})
+        self._begin_journal()
         gc.collect()
         gc.freeze()  # what is there now stays; later collections are short
         self.line.health.phase = "READY"
         self._notify.say("READY=1")
+
+    def _begin_journal(self) -> None:
+        """A journal that cannot be written does not stop the line: the state is DEGRADED then."""
+        self.record.begin({number: self._recipes.known(number) for number in self._recipes.numbers})
+        deadline = time.monotonic() + JOURNAL_S
+        while not (self.record.open or self.record.problem) and time.monotonic() < deadline:
+            self._turn()
 
     # --- work
 
@@ -166,8 +172,8 @@ class Loop:
     def _wait_s(self) -> float:
         """Until the next thing is due."""
         now = time.monotonic_ns()
-        times = [self.line.due_ns(), self._recipes.due_ns(), self._camera.supervisor.due_ns(), self.record.due_ns()]
-        earliest = min(time for time in times if time is not None)
+        times = [self.line.due_ns(), self._recipes.due_ns(), self._camera.due_ns()]
+        earliest: int = min(time for time in times if time is not None)
         return min(max(earliest - now, 0) / 1e9, LONGEST_WAIT_S)
 
     def _look_after(self, now: int) -> None:
@@ -258,7 +264,6 @@ class Loop:
             "restarts": {
                 "camera": self._camera.supervisor.restarts,
                 "engine": self._recipes.restarts(),
-                "journal": self.record.restarts,
             },
         }
 

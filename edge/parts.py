@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from stpm.edge.camera.messages import FrameReady
-from stpm.edge.engine.messages import Inspected
+from stpm.edge.engine.messages import EngineReady, Inspected
 from stpm.edge.policy import Verdict
 
 
@@ -15,8 +15,7 @@ class Part:
     id: int  # on the wire and in the journal: the PLC's number of its trigger, or our own count
     key: int  # of this run, never twice: what camera and engine are asked with
     recipe: int
-    threshold: float
-    bundle: str  # sha256
+    known: EngineReady  # of the bundle that judges it
     began_ns: int  # trigger, or capture where frames come by themselves
     frame: FrameReady | None = None
     verdict: Verdict | None = None

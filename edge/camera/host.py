@@ -47,6 +47,10 @@ class CameraHost:
     def fileno(self) -> int | None:
         return self.supervisor.worker.channel.fileno() if self.supervisor.worker else None
 
+    def due_ns(self) -> int | None:
+        """When the next start is due."""
+        return None if self.ended else self.supervisor.due_ns()
+
     def take(self, trigger: int) -> bool:
         worker = self.supervisor.worker
         return worker is not None and self.ready and worker.channel.send(TakePicture(trigger))

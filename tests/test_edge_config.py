@@ -1,0 +1,98 @@
+"""The file of a station: what is in it, what overrides it, and what is said of a mistake."""
+
+import pytest
+
+from stpm.edge.config import Station, checked, read_station
+from stpm.edge.errors import ConfigError
+
+STATION = """
+recipe = 2
+[station]
+name = "line 1"
+[camera]
+source = "0"
+exposure = 200.0
+policy = "every"
+[gate]
+mode = "delay"
+delay_ms = 350
+[plc]
+port = "/dev/ttyUSB0"
+protocol = "modbus-master"
+[plc.io]
+gate_coil = 3
+[recipes]
+1 = "bundles/screw"
+2 = "bundles/nut"
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "line1.toml"
+    path.write_text(STATION)
+    return path
+
+
+def test_the_file_is_read_and_the_rest_is_default(file):
+    station = read_station(file, {})
+    assert (station.station.name, station.camera.exposure, station.recipe) == ("line 1", 200.0, 2)
+    assert station.plc.io.gate_coil == 3
+    assert station.recipes == {"1": "bundles/screw", "2": "bundles/nut"}
+    assert station.parts == Station().parts
+    assert checked(station) is station
+
+
+def test_options_override_the_file(file):
+    station = read_station(file, {"camera.exposure": 9.5, "plc.pins.gate": "dtr", "parts.limit": 7})
+    assert (station.camera.exposure, station.plc.pins.gate, station.parts.limit) == (9.5, "dtr", 7)
+    assert station.camera.source == "0"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"camera.exposre": 1}, ["exposre", "[camera]", "did you mean `exposure`"]),
+        ({"plc.pins.gat": "rts"}, ["[plc.pins]", "`gate`"]),
+        ({"plc.io.gate_col": 1}, ["[plc.io]", "`gate_coil`"]),
+        ({"jurnal.folder": "x"}, ["did you mean `journal`"]),
+        ({"camera.zzzzzz": 1}, ["known are", "exposure", "stall_s"]),
+        ({"camera.exposure": "bright"}, ["float", "camera.exposure"]),
+        ({"gate.mode": "magic"}, ["magic", "gate.mode"]),
+        ({"parts.queue": 0}, ["parts.queue", "1"]),
+        ({"gate.pulse_ms": -5}, ["gate.pulse_ms"]),
+    ],
+)
+def test_a_mistake_is_named_with_the_file_and_the_nearest_known_key(file, override, words):
+    with pytest.raises(ConfigError) as raised:
+        read_station(file, override)
+    for word in [*words, file.name]:
+        assert word in str(raised.value)
+
+
+def test_a_file_that_is_not_toml_or_not_there(tmp_path):
+    (tmp_path / "broken.toml").write_text("[camera\nsource = 0")
+    with pytest.raises(ConfigError, match=r"broken.toml is not TOML"):
+        read_station(tmp_path / "broken.toml", {})
+    with pytest.raises(ConfigError, match=r"cannot read the station file .*missing.toml"):
+        read_station(tmp_path / "missing.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"camera.source": ""}, "camera.source is missing"),
+        ({"plc.port": ""}, "plc.port is missing"),
+        ({"gate.delay_ms": 0}, "needs gate.delay_ms"),
+        ({"gate.mode": "encoder"}, "needs gate.counts"),
+        ({"gate.mode": "encoder", "gate.counts": 100, "plc.port": "none"}, "needs a PLC that sends counts"),
+        ({"plc.protocol": "pins", "gate.mode": "plc"}, "pins"),
+        ({"camera.policy": "latest"}, "a gate needs every part"),
+        ({"camera.trigger": "software", "plc.port": "none"}, "needs a PLC that triggers"),
+        ({"camera.trigger": "software", "plc.protocol": "pins"}, "needs a PLC that triggers"),
+        ({"recipes": {"one": "bundle"}}, "recipes have numbers"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(file, override, words):
+    with pytest.raises(ConfigError, match=words):
+        checked(read_station(file, override))

@@ -1,0 +1,215 @@
+"""The gate: when it switches for which part, and that nothing but a PASS in time opens it."""
+
+import numpy as np
+import pytest
+
+from stpm.edge.config import GateSettings
+from stpm.edge.gate import MS, Encoder, Gate
+
+
+class Bench:
+    """A gate, and its output level over time in whole milliseconds."""
+
+    def __init__(self, **settings):
+        self.decisions = {}
+        self.gate = Gate(GateSettings(**settings), self.decisions.__setitem__)
+        self.level = False
+        self.edges = []
+
+    def run(self, until_ms, since_ms=0, at=lambda ms: None):
+        levels = []
+        for ms in range(since_ms, until_ms):
+            at(ms)
+            for edge in self.gate.edges(ms * MS):
+                self.level = edge.active
+                self.edges.append((ms, edge.part, edge.active))
+            levels.append(self.level)
+        return levels
+
+
+def on(levels, since_ms=0):
+    """The stretches in which the output was on, as (from, to)."""
+    steps = np.flatnonzero(np.diff([False, *levels, False])) + since_ms
+    return [(int(first), int(last)) for first, last in steps.reshape(-1, 2)]
+
+
+def test_a_rejected_part_gets_one_pulse_after_its_delay_from_capture():
+    bench = Bench(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20)
+    bench.gate.hold(False)
+    bench.gate.plan(1, 5 * MS)
+    bench.gate.plan(2, 50 * MS)
+    bench.gate.decide(1, False)
+    bench.gate.decide(2, True)
+    assert on(bench.run(300)) == [(105, 125)]
+    assert bench.edges == [(105, 1, True), (125, 1, False)]
+    assert bench.decisions == {1: "rejected", 2: "passed"}
+
+
+def test_a_passed_part_opens_a_gate_that_is_closed_otherwise():
+    bench = Bench(mode="delay", polarity="accept", delay_ms=100, pulse_ms=20)
+    bench.gate.hold(False)
+    for part, captured in ((1, 0), (2, 40), (3, 80)):
+        bench.gate.plan(part, captured * MS)
+    bench.gate.decide(1, True)
+    bench.gate.decide(2, False)
+    # nobody decides on 3
+    assert on(bench.run(300)) == [(100, 120)]
+    assert bench.decisions == {1: "passed", 2: "rejected", 3: "rejected"}
+
+
+@pytest.mark.parametrize("polarity", ["accept", "reject"])
+def test_a_verdict_after_the_part_has_passed_changes_nothing(polarity):
+    bench = Bench(mode="delay", polarity=polarity, delay_ms=10, pulse_ms=20)
+    bench.gate.hold(False)
+    bench.gate.plan(1, 0)
+    levels = bench.run(60, at=lambda ms: bench.gate.decide(1, True) if ms == 11 else None)
+    assert on(levels) == ([] if polarity == "accept" else [(10, 30)])
+    assert bench.decisions == {1: "rejected"}
+
+
+def test_the_reject_wins_where_two_pulses_overlap():
+    bench = Bench(mode="delay", polarity="accept", delay_ms=0, pulse_ms=50)
+    bench.gate.hold(False)
+    for part, captured, passes in ((1, 10, True), (2, 30, False), (3, 60, True), (4, 200, True)):
+        bench.gate.plan(part, captured * MS)
+        bench.gate.decide(part, passes)
+    # 1 is cut short by 2; 3 begins in the pulse of 2 and is counted as rejected
+    assert on(bench.run(300)) == [(10, 30), (80, 110), (200, 250)]
+    assert bench.decisions == {1: "passed", 2: "rejected", 3: "rejected", 4: "passed"}
+
+
+def test_overlapping_rejects_are_one_pulse():
+    bench = Bench(mode="delay", polarity="reject", delay_ms=0, pulse_ms=50)
+    bench.gate.hold(False)
+    for part, captured in ((1, 10), (2, 30)):
+        bench.gate.plan(part, captured * MS)
+    assert on(bench.run(200)) == [(10, 80)]
+
+
+@pytest.mark.parametrize(("polarity", "level"), [("accept", False), ("reject", True)])
+def test_while_it_is_held_the_level_rejects_and_no_part_counts_as_passed(polarity, level):
+    bench = Bench(mode="delay", polarity=polarity, delay_ms=20, pulse_ms=10)
+    bench.gate.plan(1, 0)
+    bench.gate.decide(1, True)
+    assert set(bench.run(40)) == {level}
+    assert bench.decisions == {1: "rejected"}
+    bench.gate.hold(False)
+    assert on(bench.run(60, 40), 40) == []
+    assert not bench.gate.waiting
+
+
+def test_a_fault_closes_an_open_gate_at_once():
+    bench = Bench(mode="delay", polarity="accept", delay_ms=0, pulse_ms=100)
+    bench.gate.hold(False)
+    bench.gate.plan(1, 0)
+    bench.gate.decide(1, True)
+    assert on(bench.run(150, at=lambda ms: bench.gate.hold(ms >= 30))) == [(0, 30)]
+
+
+def test_a_part_that_is_past_the_gate_before_anybody_knows_of_it_is_missed_and_no_other_is_hit():
+    bench = Bench(mode="delay", polarity="reject", delay_ms=10, pulse_ms=20)
+    bench.gate.hold(False)
+    bench.run(100)
+    bench.gate.plan(1, 0)  # was due at 10, and is long past
+    bench.gate.plan(2, 80 * MS)  # was due at 90: what is left of its pulse
+    bench.gate.plan(3, 150 * MS)
+    assert on(bench.run(250, 100), 100) == [(100, 110), (160, 180)]
+    assert bench.decisions == {1: "missed", 2: "rejected", 3: "rejected"}
+
+
+def test_a_part_is_due_from_its_frame_when_that_comes_after_its_trigger():
+    bench = Bench(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20)
+    bench.gate.hold(False)
+    bench.gate.plan(1, 0)
+    bench.gate.plan(1, 7 * MS)
+    assert on(bench.run(200)) == [(107, 127)]
+
+
+def test_due_is_the_next_change():
+    gate = Gate(GateSettings(mode="delay", delay_ms=100, pulse_ms=20))
+    gate.hold(False)
+    assert gate.due_ns() is None
+    gate.plan(1, 7)
+    assert gate.due_ns() == 100 * MS + 7
+    assert [edge.due_ns for edge in gate.edges(100 * MS + 9)] == [100 * MS + 7]
+    assert gate.due_ns() == 120 * MS + 7
+
+
+def test_the_encoder_interpolates_extrapolates_and_wraps():
+    encoder = Encoder(200 * MS)
+    assert encoder.lost(0)
+    assert encoder.count_at(0) is None
+    start = (1 << 32) - 150
+    for step in range(5):
+        encoder.add(step * 100 * MS, (start + 100 * step) % (1 << 32))
+    assert encoder.count_at(150 * MS) == start + 150
+    assert encoder.count_at(450 * MS) == start + 450
+    assert encoder.time_of(start + 600) == 600 * MS
+    assert not encoder.lost(600 * MS)
+    assert encoder.lost(601 * MS)
+
+
+def test_an_encoder_that_stands_says_never_and_one_that_runs_back_a_little_does_not_jump():
+    encoder = Encoder(200 * MS)
+    for ms, count in ((0, 100), (10, 110), (20, 105), (30, 105), (40, 105), (50, 105)):
+        encoder.add(ms * MS, count)
+    assert encoder.count_at(50 * MS) == 105
+    assert encoder.time_of(120) is None
+
+
+@pytest.mark.parametrize("speed", [lambda ms: 1.0, lambda ms: 1.0 if ms < 80 else 0.5, lambda ms: float(ms % 40 < 20)])
+def test_with_an_encoder_the_pulse_comes_at_its_count_whatever_the_speed(speed):
+    bench = Bench(mode="encoder", polarity="reject", counts=100, pulse_ms=20, encoder_timeout_ms=50)
+    bench.gate.hold(False)
+    position = np.cumsum([0.0, *(speed(ms) for ms in range(600))])
+
+    def at(ms):
+        if ms % 5 == 0:
+            bench.gate.encoder.add(ms * MS, int(position[ms]))
+        if ms == 30:
+            bench.gate.plan(1, 22 * MS)  # captured 8 ms ago
+            bench.gate.decide(1, False)
+
+    (first, last) = on(bench.run(600, at=at))[0]
+    wanted = int(np.searchsorted(position, position[22] + 100))
+    assert abs(first - wanted) <= 7  # read every 5 ms
+    assert last - first == 20
+
+
+def test_parts_are_abandoned_when_the_encoder_is_lost():
+    bench = Bench(mode="encoder", polarity="accept", counts=100, pulse_ms=20)
+    bench.gate.plan(1, 0)
+    bench.gate.decide(1, True)
+    bench.gate.abandon()
+    assert bench.decisions == {1: "rejected"}
+    assert not bench.gate.waiting
+
+
+def test_ten_thousand_parts_at_random_never_open_the_gate_for_a_part_that_may_not_pass():
+    random = np.random.default_rng(5)
+    gate = Gate(GateSettings(mode="delay", polarity="accept", delay_ms=40, pulse_ms=6))
+    due, passes = {}, {}
+    now, level = 0, False
+    for part in range(10_000):
+        now += int(random.integers(1, 30) * MS)
+        while (next_ns := gate.due_ns()) is not None and next_ns <= now:
+            level = _step(gate, next_ns, level, due, passes)
+        gate.hold(bool(random.random() < 0.1))
+        gate.plan(part, now)
+        due[part] = now + 40 * MS
+        passes[part] = bool(random.random() < 0.7)
+        if random.random() < 0.95:
+            gate.decide(part, passes[part])
+        else:
+            passes[part] = False
+        level = _step(gate, now, level, due, passes)
+
+
+def _step(gate, now, level, due, passes):
+    for edge in gate.edges(now):
+        level = edge.active
+    in_front = [part for part, at in due.items() if at <= now < at + 6 * MS]
+    for part in [part for part, at in due.items() if at + 6 * MS <= now]:
+        del due[part]
+    assert not level or (in_front and all(passes[part] for part in in_front))
+    return level

@@ -1,0 +1,699 @@
+"""The line: every part gets exactly one outcome, whatever happens. No process and no clock: time is a number."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+
+from stpm.edge.camera.messages import FrameReady
+from stpm.edge.config import read_station
+from stpm.edge.engine.messages import EngineReady, Inspected, InspectionFailed
+from stpm.edge.gate import MS
+from stpm.edge.line import Line
+from stpm.edge.plc import messages as plc
+
+THRESHOLD = 0.5
+KNOWN = EngineReady({"backend": "scripted"}, 0.0, "screw", "a" * 64, THRESHOLD, (64, 48), None)
+
+
+class Engines:
+    """Two recipes, each with an engine that is asked and answers when the test says so."""
+
+    def __init__(self):
+        self.active = 1
+        self.there = {1, 2}
+        self.asked = {}
+
+    def known(self, recipe):
+        return KNOWN
+
+    def bundle(self, recipe):
+        return KNOWN.sha256
+
+    def free(self, recipe):
+        return recipe in self.there and recipe not in self.asked
+
+    def ask(self, recipe, question, now_ns):
+        assert self.free(recipe)
+        self.asked[recipe] = question
+
+
+class Link:
+    """Delivers at once, unless told otherwise."""
+
+    def __init__(self):
+        self.posted, self.out, self.delivers = [], deque(), True
+
+    def post(self, message):
+        self.posted.append(message)
+        if isinstance(message, plc.Part) and self.delivers:
+            self.out.append(plc.Delivered(message.id, 0))
+        if isinstance(message, plc.Gate):
+            self.out.append(plc.Switched(message.id, message.active, 0))
+
+    def of(self, kind):
+        return [message for message in self.posted if isinstance(message, kind)]
+
+    @property
+    def verdicts(self):
+        return [(part.id, part.verdict) for part in self.of(plc.Part)]
+
+    @property
+    def states(self):
+        return [state.state for state in self.of(plc.State)]
+
+
+class Journal:
+    def __init__(self):
+        self.parts, self.outcomes, self.events, self.lends = [], {}, [], False
+
+    def part(self, part, lend):
+        self.parts.append((part.id, part.verdict.verdict, part.verdict.reason))
+        return self.lends and lend and part.frame is not None and part.frame.slot is not None
+
+    def outcome(self, part, last):
+        self.outcomes[part.id] = (part.delivery, part.gate, last)
+
+    def event(self, kind, text):
+        self.events.append((kind, text))
+
+
+class Bench:
+    """A line with everything around it, and a clock in milliseconds."""
+
+    def __init__(self, recorded=False, **settings):
+        self.station = read_station(None, {name.replace("__", "."): value for name, value in settings.items()})
+        self.engines, self.link, self.journal = Engines(), Link(), Journal()
+        self.taken, self.released, self.camera_there = [], [], True
+        self.ms, self.number, self.free = 0, 0, set(range(100))
+        self.line = Line(
+            self.station,
+            self.engines,
+            self.link,
+            self.journal,
+            self._take,
+            self._release,
+            lambda text: None,
+            recorded,
+        )
+        self.line.health.phase = "READY"
+        self.tick()
+
+    def _take(self, trigger):
+        if self.camera_there:
+            self.taken.append(trigger)
+        return self.camera_there
+
+    def _release(self, slot):
+        assert slot not in self.free, "a slot was given back twice"
+        self.free.add(slot)
+
+    @property
+    def now(self):
+        return self.ms * MS
+
+    def tick(self, ms=0):
+        self.ms += ms
+        while self.link.out:
+            self.line.link_event(self.link.out.popleft(), self.now)
+        self.line.tick(self.now)
+
+    def frame(self, trigger=None, problem="", missed=0, lost=0, with_slot=True, age_ms=0):
+        self.number += 1 + lost
+        slot = self.free.pop() if with_slot else None
+        self.line.frame_ready(
+            FrameReady(self.number, (self.ms - age_ms) * MS, "f", slot, (48, 64, 3), problem, trigger, missed),
+            self.now,
+        )
+
+    def trigger(self, number=None):
+        self.line.link_event(plc.Triggered(self.now, number), self.now)
+
+    def answer(self, score=0.1, recipe=1):
+        part = self.engines.asked.pop(recipe).part
+        self.line.inspected(Inspected(part, score, None, 0, None, self.now - MS, self.now), self.now)
+        self.tick()
+
+    def fail(self, sentence="out of order"):
+        part = self.engines.asked.pop(1).part
+        self.line.inspected(InspectionFailed(part, "EngineError", sentence), self.now)
+        self.tick()
+
+    def settled(self):
+        """All parts closed: the books balance and every slot is back."""
+        counts = self.line.counts
+        assert counts.balanced, counts
+        assert len(self.free) == 100
+        ids = [id for id, _ in self.link.verdicts]
+        assert len(ids) == len(set(ids)) == counts.judged
+        assert [id for id, _, _ in self.journal.parts] == ids
+        return counts
+
+
+# --- free run
+
+
+def test_a_frame_is_a_part_and_the_score_decides():
+    bench = Bench(camera__policy="every")
+    for score in (0.1, 0.9, 0.5, float("nan")):
+        bench.frame()
+        bench.answer(score)
+    assert bench.link.verdicts == [(1, "PASS"), (2, "FAIL"), (3, "PASS"), (4, "UNKNOWN")]
+    assert bench.settled().verdicts == {"PASS": 2, "FAIL": 1, "UNKNOWN": 1}
+    assert bench.journal.outcomes[1] == ("delivered", "", True)
+
+
+def test_latest_keeps_the_newest_frame_and_counts_the_others():
+    bench = Bench()
+    for _ in range(4):
+        bench.frame()
+    bench.answer()
+    bench.answer()
+    assert bench.link.verdicts == [(1, "PASS"), (2, "PASS")]
+    assert bench.settled().dropped == {"a newer frame came": 2}
+
+
+def test_every_keeps_all_in_order_and_an_overrun_is_a_reject_that_is_told():
+    bench = Bench(camera__policy="every", parts__queue=2)
+    for _ in range(4):
+        bench.frame()
+    bench.tick()
+    assert bench.link.verdicts == [(4, "UNKNOWN")]
+    assert "overrun" in bench.journal.parts[0][2]
+    assert bench.link.states[-1] == "DEGRADED"
+    for _ in range(3):
+        bench.answer()
+    assert bench.link.verdicts[1:] == [(1, "PASS"), (2, "PASS"), (3, "PASS")]
+    bench.settled()
+    bench.line.clear("somebody")
+    bench.tick()
+    assert bench.link.states[-1] == "RUNNING"
+
+
+@pytest.mark.parametrize("problem", ["damaged", "the camera is frozen"])
+def test_a_frame_with_a_problem_never_reaches_the_engine(problem):
+    bench = Bench()
+    bench.frame(problem=problem)
+    assert not bench.engines.asked
+    assert bench.link.verdicts == [(1, "UNKNOWN")]
+    assert bench.journal.parts[0][2] == problem
+    bench.settled()
+
+
+def test_a_failed_inspection_is_a_reject_and_the_next_part_is_judged():
+    bench = Bench()
+    bench.frame()
+    bench.fail("out of memory")
+    bench.frame()
+    bench.answer()
+    assert bench.link.verdicts == [(1, "UNKNOWN"), (2, "PASS")]
+    assert bench.journal.parts[0][2] == "out of memory"
+    bench.settled()
+
+
+def test_no_verdict_in_time_is_a_reject_and_what_comes_later_changes_nothing():
+    bench = Bench(camera__policy="every", parts__deadline_ms=100)
+    bench.frame()
+    bench.frame()
+    bench.tick(101)
+    assert bench.link.verdicts == [(1, "UNKNOWN"), (2, "UNKNOWN")]
+    assert bench.line.counts.late == 2
+    bench.answer(0.1)
+    assert bench.link.verdicts == [(1, "UNKNOWN"), (2, "UNKNOWN")]
+    assert not bench.engines.asked
+    bench.settled()
+
+
+def test_a_verdict_that_comes_just_after_the_deadline_is_late_even_if_nobody_looked_before():
+    bench = Bench(parts__deadline_ms=100)
+    bench.frame()
+    bench.ms += 101
+    bench.answer(0.1)
+    assert bench.link.verdicts == [(1, "UNKNOWN")]
+
+
+def test_the_slot_of_a_late_part_is_not_lent_while_the_engine_reads_it():
+    bench = Bench(parts__deadline_ms=100)
+    bench.journal.lends = True
+    bench.frame()
+    bench.tick(101)
+    assert len(bench.free) == 99
+    bench.answer()
+    bench.settled()
+
+
+def test_a_lent_slot_is_not_given_back_by_the_line():
+    bench = Bench()
+    bench.journal.lends = True
+    bench.frame()
+    bench.answer(0.9)
+    assert len(bench.free) == 99
+
+
+def test_a_dead_engine_rejects_its_part_and_later_ones_wait_for_another_until_their_deadline():
+    bench = Bench(camera__policy="every", parts__deadline_ms=100)
+    bench.frame()
+    bench.engines.there.clear()
+    bench.line.engine_lost([bench.engines.asked.pop(1).part], "the engine has died", bench.now)
+    bench.frame()
+    bench.tick(50)
+    bench.frame()
+    assert bench.link.verdicts == [(1, "UNKNOWN")]
+    bench.tick(51)
+    assert bench.link.verdicts == [(1, "UNKNOWN"), (2, "UNKNOWN")]
+    bench.engines.there.add(1)
+    bench.tick()
+    bench.answer()
+    assert bench.link.verdicts[2:] == [(3, "PASS")]
+    bench.settled()
+
+
+def test_frames_that_the_device_lost_are_rejected_parts_and_a_fault_until_somebody_has_looked():
+    bench = Bench(camera__policy="every")
+    bench.frame()
+    bench.answer()
+    bench.frame(missed=2)
+    bench.answer()
+    assert bench.link.verdicts == [(1, "PASS"), (2, "UNKNOWN"), (3, "UNKNOWN"), (4, "PASS")]
+    assert bench.link.states[-1] == "FAULT"
+    counts = bench.settled()
+    assert (counts.captured, counts.without_frame) == (2, 2)
+    bench.line.link_event(plc.ClearAsked(bench.now), bench.now)
+    bench.tick()
+    assert bench.link.states[-1] == "RUNNING"
+    assert ("operator", "the PLC cleared missed") in bench.journal.events
+
+
+def test_frames_that_were_captured_and_never_announced_are_counted():
+    bench = Bench(camera__policy="every")
+    bench.frame()
+    bench.answer()
+    bench.frame(lost=2)
+    bench.answer()
+    counts = bench.settled()
+    assert counts.captured == 4
+    assert counts.dropped == {"lost in the camera": 2}
+    assert [verdict for _, verdict in bench.link.verdicts] == ["PASS", "UNKNOWN", "UNKNOWN", "PASS"]
+
+
+def test_a_camera_that_begins_again_counts_from_one():
+    bench = Bench(camera__policy="every")
+    bench.frame()
+    bench.answer()
+    bench.line.camera_lost("unplugged", bench.now)
+    bench.number = 0
+    bench.frame()
+    bench.answer()
+    assert bench.link.verdicts == [(1, "PASS"), (2, "PASS")]
+    assert bench.settled().captured == 2
+
+
+def test_the_limit_ends_the_run_after_exactly_so_many_parts():
+    bench = Bench(camera__policy="every", parts__limit=2)
+    for _ in range(4):
+        bench.frame()
+    bench.answer()
+    assert not bench.line.finished
+    bench.answer()
+    assert bench.line.finished
+    assert bench.settled().dropped == {"after the last part": 2}
+
+
+def test_a_recording_is_asked_for_one_frame_at_a_time():
+    bench = Bench(recorded=True)
+    assert bench.taken == [0]
+    bench.tick()
+    assert bench.taken == [0]
+    bench.frame(trigger=0)
+    bench.tick()
+    assert bench.taken == [0]
+    bench.answer()
+    assert bench.taken == [0, 0]
+    bench.line.ended = True
+    bench.tick()
+    assert bench.line.finished
+
+
+def test_stopping_judges_what_has_begun_and_drops_what_has_not():
+    bench = Bench()
+    bench.frame()
+    bench.frame()
+    bench.line.stop()
+    assert not bench.line.finished
+    bench.answer()
+    assert bench.line.finished
+    assert bench.settled().dropped == {"stopped": 1}
+
+
+# --- triggers
+
+
+def triggered(**settings):
+    return Bench(camera__trigger="software", plc__port="x", **settings)
+
+
+def test_a_trigger_takes_a_picture_and_its_id_goes_all_the_way():
+    bench = triggered()
+    bench.trigger(41)
+    bench.trigger(42)
+    assert len(bench.taken) == 2
+    bench.frame(trigger=bench.taken[0])
+    bench.answer()
+    bench.frame(trigger=bench.taken[1])
+    bench.answer(0.9)
+    assert bench.link.verdicts == [(41, "PASS"), (42, "FAIL")]
+    bench.settled()
+
+
+def test_a_trigger_without_a_frame_is_a_reject_at_its_deadline():
+    bench = triggered(parts__deadline_ms=100)
+    bench.trigger()
+    bench.tick(101)
+    assert bench.link.verdicts == [(1, "UNKNOWN")]
+    assert "no frame within 100 ms" in bench.journal.parts[0][2]
+    assert bench.settled().without_frame == 1
+
+
+def test_a_frame_after_its_deadline_is_dropped_and_not_taken_for_another_part():
+    bench = triggered(parts__deadline_ms=100)
+    bench.trigger()
+    bench.tick(101)
+    bench.trigger()
+    bench.frame(trigger=bench.taken[0])
+    assert not bench.engines.asked
+    bench.frame(trigger=bench.taken[1])
+    bench.answer()
+    assert bench.link.verdicts == [(1, "UNKNOWN"), (2, "PASS")]
+    assert bench.settled().dropped == {"came after the deadline of its part": 1}
+
+
+def test_a_trigger_while_the_camera_is_away_is_a_reject_at_once():
+    bench = triggered()
+    bench.camera_there = False
+    bench.trigger()
+    assert bench.link.verdicts == [(1, "UNKNOWN")]
+    bench.settled()
+
+
+def test_parts_that_wait_for_a_camera_that_dies_are_rejected_at_once():
+    bench = triggered()
+    bench.trigger()
+    bench.trigger()
+    bench.line.camera_lost("unplugged", bench.now)
+    assert bench.link.verdicts == [(1, "UNKNOWN"), (2, "UNKNOWN")]
+    assert bench.journal.parts[0][2] == "unplugged"
+    bench.settled()
+
+
+def test_a_gap_in_the_plcs_numbers_rejects_the_missing_parts_and_is_a_fault():
+    bench = triggered()
+    for number in (5, 8):
+        bench.trigger(number)
+        bench.frame(trigger=bench.taken[-1])
+        bench.answer()
+    assert sorted(bench.link.verdicts) == [(5, "PASS"), (6, "UNKNOWN"), (7, "UNKNOWN"), (8, "PASS")]
+    assert bench.link.states[-1] == "FAULT"
+    assert bench.line.health.code == 7
+    bench.settled()
+
+
+def test_a_number_that_comes_twice_is_one_part():
+    bench = triggered()
+    bench.trigger(5)
+    bench.trigger(5)
+    assert len(bench.taken) == 1
+    assert bench.line.counts.garbage == 1
+
+
+@pytest.mark.parametrize("restart", [1, 5000])
+def test_a_plc_that_counts_anew_is_no_gap(restart):
+    bench = triggered()
+    for number in (50, restart):
+        bench.trigger(number)
+        bench.frame(trigger=bench.taken[-1])
+        bench.answer()
+    assert bench.link.verdicts == [(50, "PASS"), (restart, "PASS")]
+    assert bench.link.states[-1] == "RUNNING"
+    assert any("counts its triggers from" in text for _, text in bench.journal.events)
+
+
+def test_triggers_are_ignored_and_told_while_they_mean_nothing():
+    bench = Bench()
+    bench.trigger()
+    bench = triggered(plc__enable=True)
+    bench.trigger()
+    assert bench.taken == []
+    assert "not enabled" in bench.journal.events[-1][1]
+    bench.line.link_event(plc.Enabled(bench.now, True), bench.now)
+    bench.trigger()
+    assert len(bench.taken) == 1
+
+
+def test_frames_of_a_line_that_is_not_enabled_are_dropped_and_counted():
+    bench = Bench(plc__enable=True, camera__policy="every")
+    bench.frame()
+    assert bench.settled().dropped == {"not enabled": 1}
+    assert bench.line.health.phase == "READY"
+
+
+# --- recipes
+
+
+def test_a_part_is_judged_by_the_recipe_of_its_time():
+    bench = triggered(camera__policy="every")
+    bench.trigger()
+    bench.engines.active = 2
+    bench.trigger()
+    for key in bench.taken:
+        bench.frame(trigger=key)
+    assert set(bench.engines.asked) == {1, 2}
+    bench.answer(0.1, recipe=2)
+    bench.answer(0.1, recipe=1)
+    assert [(part.id, part.recipe) for part in bench.link.of(plc.Part)] == [(2, 2), (1, 1)]
+    bench.settled()
+
+
+# --- link
+
+
+def test_a_verdict_that_is_not_delivered_is_counted_and_alarmed():
+    bench = Bench()
+    bench.link.delivers = False
+    bench.frame()
+    bench.answer(0.9)
+    bench.line.link_event(plc.Undelivered(1, bench.now, "the cable is cut"), bench.now)
+    assert bench.line.counts.undelivered == 1
+    assert bench.journal.outcomes[1][0] == "undelivered"
+    assert any(kind == "alarm" and "part 1" in text for kind, text in bench.journal.events)
+    bench.settled()
+
+
+def test_a_verdict_that_must_be_acknowledged_is_open_until_it_is():
+    bench = Bench(plc__acknowledge=True)
+    bench.frame()
+    bench.answer()
+    bench.line.stop()
+    bench.tick()
+    assert not bench.line.finished
+    bench.line.link_event(plc.Acknowledged(1, bench.now), bench.now)
+    assert bench.line.finished
+    assert bench.journal.outcomes[1] == ("acknowledged", "", True)
+
+
+def test_what_the_link_never_answered_is_undelivered_at_the_end():
+    bench = Bench()
+    bench.link.delivers = False
+    bench.frame()
+    bench.answer()
+    bench.line.close()
+    assert bench.line.counts.undelivered == 1
+
+
+def test_a_broken_link_is_a_fault_until_it_is_back():
+    bench = Bench()
+    bench.line.link_event(plc.Disconnected(bench.now, "unplugged"), bench.now)
+    bench.tick()
+    assert bench.link.states[-1] == "FAULT"
+    bench.line.link_event(plc.Connected(bench.now), bench.now)
+    bench.tick()
+    assert bench.link.states[-1] == "READY"
+
+
+def test_a_plc_that_stops_beating_is_a_fault():
+    bench = Bench(plc__peer_timeout_s=1.0)
+    bench.tick(900)
+    bench.line.link_event(plc.PeerBeat(bench.now), bench.now)
+    bench.tick(900)
+    assert bench.link.states[-1] == "READY"
+    bench.tick(200)
+    assert bench.link.states[-1] == "FAULT"
+    bench.line.link_event(plc.PeerBeat(bench.now), bench.now)
+    bench.tick()
+    assert bench.link.states[-1] == "READY"
+
+
+def test_beats_come_at_their_interval_and_only_from_a_line_that_works():
+    bench = Bench(plc__heartbeat_s=0.1)
+    for _ in range(100):
+        bench.tick(10)
+    assert 10 <= len(bench.link.of(plc.Beat)) <= 11
+
+
+def test_rejects_in_a_row_are_an_alarm_that_a_pass_ends():
+    bench = Bench(parts__alarm_after=3)
+    for score in (0.9, 0.9, 0.9):
+        bench.frame()
+        bench.answer(score)
+    assert bench.link.states[-1] == "DEGRADED"
+    assert ("alarm", "3 parts in a row were rejected") in bench.journal.events
+    bench.frame()
+    bench.answer(0.1)
+    assert bench.link.states[-1] == "RUNNING"
+
+
+# --- gate
+
+
+def gated(**settings):
+    return Bench(camera__policy="every", gate__mode="delay", gate__delay_ms=100, gate__pulse_ms=20, **settings)
+
+
+def level_over(bench, ms, at=lambda ms: None):
+    """The gate output after each millisecond."""
+    levels = []
+    for step in range(ms):
+        bench.tick(1)
+        at(step)
+        edges = bench.link.of(plc.Gate)
+        levels.append(bool(edges) and edges[-1].active)
+    return levels
+
+
+def test_a_part_without_a_verdict_is_rejected_at_the_gate():
+    bench = gated(gate__polarity="reject", parts__deadline_ms=500)
+    bench.frame()
+    levels = level_over(bench, 150)
+    assert levels.index(True) == 99
+    assert sum(levels) == 20
+    assert bench.line.counts.gates == {"rejected": 1}
+    bench.answer(0.1)
+    assert bench.link.verdicts == [(1, "PASS")]
+    assert bench.journal.outcomes[1][1] == "rejected"
+
+
+def test_only_a_pass_opens_the_gate():
+    bench = gated(gate__polarity="accept")
+    bench.frame()
+    bench.answer(0.1)
+    bench.tick(50)
+    bench.frame()
+    bench.answer(0.9)
+    levels = level_over(bench, 200)
+    assert (levels.index(True), sum(levels)) == (49, 20)
+    assert bench.journal.outcomes == {1: ("delivered", "passed", True), 2: ("delivered", "rejected", True)}
+
+
+def test_a_fault_rejects_all_that_is_on_its_way():
+    bench = gated(gate__polarity="accept")
+    bench.frame()
+    bench.answer(0.1)
+    bench.line.health.fault("camera", "unplugged")
+    assert not any(level_over(bench, 200))
+    assert bench.line.counts.gates == {"rejected": 1}
+
+
+def test_the_line_is_not_finished_while_a_part_is_before_the_gate():
+    bench = gated(gate__polarity="accept")
+    bench.frame()
+    bench.answer(0.1)
+    bench.line.stop()
+    bench.tick(50)
+    assert not bench.line.finished
+    bench.tick(60)
+    bench.tick(60)
+    assert bench.line.finished
+
+
+def test_a_lost_encoder_rejects_and_is_a_fault_until_it_is_heard():
+    bench = Bench(
+        camera__policy="every",
+        gate__mode="encoder",
+        gate__counts=700,
+        gate__polarity="accept",
+        gate__encoder_timeout_ms=50,
+        plc__port="x",
+    )
+    counts = iter(range(0, 100000, 10))
+
+    def feed(ms):
+        bench.line.link_event(plc.Counted(bench.now, next(counts)), bench.now)
+
+    level_over(bench, 5, feed)
+    assert bench.line.health.state == "READY"
+    bench.frame()
+    bench.answer(0.1)
+    assert any(level_over(bench, 120, feed))
+    bench.frame()
+    bench.answer(0.1)
+    level_over(bench, 60)
+    assert bench.line.health.state == "FAULT"
+    assert bench.line.counts.gates == {"passed": 1, "rejected": 1}
+    level_over(bench, 3, feed)
+    assert bench.line.health.state == "RUNNING"
+
+
+# --- everything at once
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("mode", ["latest", "every", "software"])
+def test_the_books_balance_whatever_happens(seed, mode):
+    """500 random happenings; then all is let run out: one outcome for each part, and no PASS that no score gave."""
+    random = np.random.default_rng((seed, len(mode)))
+    settings = {"camera__trigger": "software", "plc__port": "x"} if mode == "software" else {"camera__policy": mode}
+    bench = Bench(parts__deadline_ms=30, parts__queue=3, **settings)
+    bench.journal.lends = False
+    good = set()
+    number = 0
+    for _ in range(500):
+        bench.tick(int(random.integers(0, 12)))
+        match int(random.integers(0, 12)):
+            case 0 | 1 | 2 if mode == "software":
+                number += 1 + int(random.random() < 0.05) * 2
+                bench.trigger(number)
+            case 0 | 1 | 2:
+                bench.frame(
+                    problem="damaged" if random.random() < 0.1 else "",
+                    missed=int(random.random() < 0.05) * 2,
+                    lost=int(random.random() < 0.05),
+                    with_slot=True,
+                )
+            case 3 | 4 if mode == "software" and bench.taken:
+                bench.frame(trigger=bench.taken.pop(int(random.integers(len(bench.taken)))))
+            case 5 | 6 | 7 if 1 in bench.engines.asked:
+                score = float(random.choice([0.1, 0.9]))
+                part = bench.engines.asked[1].part
+                late = bench.now - bench.line._asked[part].captured_ns > 30 * MS
+                if score < THRESHOLD and not late and bench.line._asked[part].verdict is None:
+                    good.add(bench.line._asked[part].id)
+                bench.answer(score)
+            case 8 if 1 in bench.engines.asked and random.random() < 0.3:
+                bench.fail()
+            case 9 if random.random() < 0.2:
+                if 1 in bench.engines.asked:
+                    bench.line.engine_lost([bench.engines.asked.pop(1).part], "died", bench.now)
+                bench.engines.there = bench.engines.there ^ {1}
+            case 10 if random.random() < 0.1:
+                bench.line.camera_lost("unplugged", bench.now)
+                bench.number = 0
+                bench.taken.clear()
+    bench.engines.there.add(1)
+    bench.line.stop()
+    for _ in range(100):
+        bench.tick(10)
+        if 1 in bench.engines.asked:
+            bench.answer(0.9)
+    assert bench.line.finished
+    counts = bench.settled()
+    assert counts.judged > 20
+    assert {id for id, verdict in bench.link.verdicts if verdict == "PASS"} == good
