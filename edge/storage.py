@@ -67,20 +67,30 @@ def _clear_after_killed(target: Path) -> None:
             shutil.rmtree(left)
 
 
-def write_file(target: Path, content: bytes) -> None:
-    """Replace one file at once: temporary file, fsync, rename. What a process that was killed left of it goes."""
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A file to write; it takes the name `target` when the block ends well and is deleted when it does not.
+
+    What a process that was killed left of it goes.
+    """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     with storage_errors(target):
         for left in target.parent.glob(f".{target.name}.partial-*"):
             if not Path("/proc", left.name.rpartition("-")[2]).exists():
                 left.unlink()
         try:
-            partial.write_bytes(content)
+            yield partial
             _flush(partial)
             os.replace(partial, target)
             _flush(target.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_file(target: Path, content: bytes) -> None:
+    """Replace one file at once: temporary file, fsync, rename."""
+    with new_file(target) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(target: Path, value: object) -> None:

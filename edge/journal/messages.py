@@ -1,6 +1,13 @@
 """What the line and the journal process say to each other."""
 
+from datetime import datetime, timezone
+
 import msgspec
+
+
+def utc_now() -> str:
+    """What `at` is: UTC, ISO 8601, microseconds, always of one length, so that text sorts as time."""
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
 class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,7 +38,7 @@ class Run(msgspec.Struct, frozen=True, tag=True):
 
 
 class PartRecord(msgspec.Struct, frozen=True, tag=True):
-    """One part, when nothing about it can change any more."""
+    """One part, when it has its verdict."""
 
     record: int  # counts every record of the run, from 1, without a gap
     at: str
@@ -46,11 +53,20 @@ class PartRecord(msgspec.Struct, frozen=True, tag=True):
     box: tuple[int, int, int, int] | None
     area: int
     outcome: str  # what became of it: delivered, acknowledged, undelivered; passed or rejected at the gate
-    # for the picture, if one is due: the slot stays taken until the journal gives it back with Released
+    # for the picture, if one is due: the slot stays taken until the journal gives it back with Released; a shape
+    # without a slot says that one is due and that there was none to lend
     slot: int | None = None
     shape: tuple[int, int, int] = (0, 0, 0)
     map_shape: tuple[int, int] | None = None
     roi: tuple[int, int, int, int] | None = None  # with height and width of the map: how the frame was cut
+
+
+class Outcome(msgspec.Struct, frozen=True, tag=True):
+    """What has become of a part since it was recorded: a record of its own, which completes that one."""
+
+    record: int
+    of: int  # the number of the part's record
+    outcome: str
 
 
 class Event(msgspec.Struct, frozen=True, tag=True):
@@ -69,11 +85,13 @@ class Released(msgspec.Struct, frozen=True, tag=True):
 
 
 class JournalState(msgspec.Struct, frozen=True, tag=True):
-    """Journal → line, when it changes: how many records could not be written so far, and why the last one."""
+    """Journal → line, when it changes and once a second, which says that it does not hang: how many records of this
+    run could not be written so far, and why the last one; no reason while all is well."""
 
     lost: int
     lost_pictures: int
     reason: str
+    through: int = 0  # the number of the last record that this takes into account
 
 
 class JournalFailed(msgspec.Struct, frozen=True, tag=True):
@@ -83,4 +101,4 @@ class JournalFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromJournal = JournalOpened | Released | JournalState | JournalFailed
-ToJournal = Run | PartRecord | Event
+ToJournal = Run | PartRecord | Outcome | Event
