@@ -43,6 +43,8 @@ class Channel(Generic[Received]):
         """All that has arrived, after waiting up to `timeout` seconds for the first. ChannelClosedError when nothing
         is left and nothing can follow."""
         messages: list[Received] = []
+        if self._socket.fileno() < 0:
+            raise ChannelClosedError
         if timeout > 0:
             select.select([self._socket], [], [], timeout)
         while True:
