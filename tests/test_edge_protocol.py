@@ -1,16 +1,54 @@
-"""The ASCII protocol, pinned by literal bytes."""
+"""The ASCII protocol, pinned by literal bytes, both ways."""
 
 import pytest
 
-from stpm.edge.plc.protocol import Beat, Part, ProtocolError, State, decode, encode
+from stpm.edge.plc.messages import (
+    STATES,
+    Acknowledged,
+    ClearAsked,
+    Counted,
+    Enabled,
+    Garbage,
+    GateTimes,
+    PeerBeat,
+    RecipeAsked,
+    Triggered,
+)
+from stpm.edge.plc.protocol import (
+    Beat,
+    Gate,
+    LineReader,
+    Part,
+    ProtocolError,
+    State,
+    decode,
+    decode_plc,
+    encode,
+    encode_plc,
+)
 
-GOLDEN = [
+OURS = [
     (State("READY"), 2, b"STATE,2,READY*554E\r\n"),
     (State("FAULT", "PlcError"), 65535, b"STATE,65535,FAULT,PlcError*CB19\r\n"),
     (Part(17, "PASS", 0.0012345), 3, b"PART,3,17,PASS,1.2345e-03*53DC\r\n"),
     (Part(18, "FAIL", 1.0), 4, b"PART,4,18,FAIL,1.0000e+00*F510\r\n"),
     (Part(19, "UNKNOWN", None), 5, b"PART,5,19,UNKNOWN,NONE*4D3B\r\n"),
     (Beat(19), 6, b"BEAT,6,19*DEFE\r\n"),
+    (Gate(18, True), 7, b"GATE,7,18,1*55FE\r\n"),
+    (Gate(18, False), 8, b"GATE,8,18,0*80DC\r\n"),
+]
+
+THEIRS = [
+    (Triggered(9), 0, b"TRIG,0*578A\r\n"),
+    (Triggered(9, 4294967295), 1, b"TRIG,1,4294967295*0ECC\r\n"),
+    (Acknowledged(17, 9), 2, b"ACK,2,17*DC76\r\n"),
+    (PeerBeat(9), 3, b"BEAT,3*0CF2\r\n"),
+    (Counted(9, 123456), 4, b"COUNT,4,123456*C21D\r\n"),
+    (RecipeAsked(9, 2), 5, b"RECIPE,5,2*998E\r\n"),
+    (Enabled(9, True), 6, b"ENABLE,6,1*A984\r\n"),
+    (Enabled(9, False), 7, b"ENABLE,7,0*8E95\r\n"),
+    (ClearAsked(9), 8, b"CLEAR,8*8AF4\r\n"),
+    (GateTimes(9, 150, 40), 65535, b"TIMES,65535,150,40*3A55\r\n"),
 ]
 
 
@@ -25,33 +63,51 @@ def crc16_xmodem(body: bytes) -> int:
     return crc
 
 
+def line(body: str) -> bytes:
+    return f"{body}*{crc16_xmodem(body.encode()):04X}\r\n".encode()
+
+
 def test_checksum_is_crc16_xmodem():
     assert crc16_xmodem(b"123456789") == 0x31C3  # the catalogue's check value
     body, checksum = encode(Beat(7), 1).rstrip().split(b"*")
     assert checksum == b"%04X" % crc16_xmodem(body)
 
 
-@pytest.mark.parametrize(("message", "sequence", "line"), GOLDEN)
-def test_lines_are_these_bytes(message, sequence, line):
-    assert encode(message, sequence) == line
-    assert decode(line) == (sequence, message)
-    assert decode(line.rstrip()) == (sequence, message)
+@pytest.mark.parametrize(("message", "sequence", "text"), OURS)
+def test_our_lines_are_these_bytes(message, sequence, text):
+    assert encode(message, sequence) == text
+    assert decode(text) == (sequence, message)
+    assert decode(text.rstrip()) == (sequence, message)
 
 
-@pytest.mark.parametrize("line", [line for _, _, line in GOLDEN])
-def test_every_changed_byte_is_noticed(line):
-    for index in range(len(line) - 2):
+@pytest.mark.parametrize(("message", "sequence", "text"), THEIRS)
+def test_lines_of_the_plc_are_these_bytes(message, sequence, text):
+    assert encode_plc(message, sequence) == text
+    assert decode_plc(text, 9) == (sequence, message)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_every_state_has_a_line(state):
+    assert decode(encode(State(state), 1)) == (1, State(state))
+
+
+@pytest.mark.parametrize("text", [text for _, _, text in OURS + THEIRS])
+def test_every_changed_byte_is_noticed(text):
+    for index in range(len(text) - 2):
         for flip in (1, 4, 0x20, 0x80):
-            damaged = bytearray(line)
+            damaged = bytearray(text)
             damaged[index] ^= flip
-            with pytest.raises(ProtocolError):
-                decode(bytes(damaged))
+            for reads in (decode, lambda data: decode_plc(data, 0)):
+                with pytest.raises(ProtocolError):
+                    reads(bytes(damaged))
 
 
-@pytest.mark.parametrize("line", [b"", b"\r\n", b"PART,1,1,PASS,1e-3", b"*0000", b"PART*", b"a*b*c", b"\xff\xfe*0000"])
-def test_other_text_is_refused(line):
+@pytest.mark.parametrize("text", [b"", b"\r\n", b"PART,1,1,PASS,1e-3", b"*0000", b"PART*", b"a*b*c", b"\xff\xfe*0000"])
+def test_other_text_is_refused(text):
     with pytest.raises(ProtocolError):
-        decode(line)
+        decode(text)
+    with pytest.raises(ProtocolError):
+        decode_plc(text, 0)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +116,7 @@ def test_other_text_is_refused(line):
         "PART,1,1,MAYBE,1.0",
         "PART,1,1,PASS",
         "PART,1,x,PASS,1.0",
+        "PART,1,1,PASS,much",
         "STATE,1,HAPPY",
         "BEAT,1",
         "PULSE,1,2",
@@ -67,16 +124,83 @@ def test_other_text_is_refused(line):
         "BEAT,65536,1",
         "BEAT,+1,1",
         "PART,1,1_0,PASS,1.0",
+        "GATE,1,1,2",
+        "GATE,1,1",
+        "TRIG,1,7",  # the PLC's
     ],
 )
 def test_a_right_checksum_does_not_save_a_wrong_body(body):
     with pytest.raises(ProtocolError):
-        decode(f"{body}*{crc16_xmodem(body.encode()):04X}".encode())
+        decode(line(body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "TRIG",
+        "TRIG,1,4294967296",
+        "TRIG,1,2,3",
+        "ACK,1",
+        "ACK,1,-1",
+        "BEAT,1,1",
+        "COUNT,1,1.5",
+        "COUNT,65536,1",
+        "ENABLE,1,2",
+        "TIMES,1,2",
+        "STATE,1,READY",  # ours
+        "COUNT,1," + "9" * 60,
+    ],
+)
+def test_a_right_checksum_does_not_save_a_wrong_body_of_the_plc(body):
+    with pytest.raises(ProtocolError):
+        decode_plc(line(body), 0)
 
 
 def test_a_reason_cannot_break_the_line():
-    line = encode(State("FAULT", "a,b*c\r\nPART,1,1,PASS,0*ß" + "x" * 200), 0)
-    assert line.count(b"\n") == 1
-    assert len(line) < 120
-    _, message = decode(line)
+    text = encode(State("FAULT", "a,b*c\r\nPART,1,1,PASS,0*ß" + "x" * 200), 0)
+    assert text.count(b"\n") == 1
+    assert len(text) < 120
+    _, message = decode(text)
     assert message == State("FAULT", ("a b c  PART 1 1 PASS 0  " + "x" * 200)[:80])
+
+
+def test_the_reader_puts_lines_together_and_passes_on_when_they_ended():
+    reader = LineReader()
+    data = encode_plc(Triggered(0, 5), 0) + b"\r\n" + encode_plc(PeerBeat(0), 1)
+    seen = [message for at in range(len(data)) for message in reader.feed(data[at : at + 1], at)]
+    assert seen == [Triggered(data.index(b"\n"), 5), PeerBeat(len(data) - 1)]
+
+
+def test_a_gap_in_the_plcs_numbers_is_garbage_and_the_line_still_counts():
+    reader = LineReader()
+    reader.feed(encode_plc(PeerBeat(0), 65534), 0)
+    assert reader.feed(encode_plc(PeerBeat(0), 65535) + encode_plc(PeerBeat(0), 0), 0) == [PeerBeat(0), PeerBeat(0)]
+    found = reader.feed(encode_plc(Triggered(0, 9), 2), 7)
+    assert isinstance(found[0], Garbage)
+    assert "is 2, not 1" in found[0].what
+    assert found[1:] == [Triggered(7, 9)]
+
+
+def test_noise_is_garbage_and_costs_no_more_than_its_line():
+    reader = LineReader()
+    found = reader.feed(b"\x00\xfe\xff\n" + encode_plc(PeerBeat(0), 0), 3)
+    # the first line after opening may be the end of one that began before
+    assert found == [PeerBeat(3)]
+    found = reader.feed(b"\x00\xfe\xff\n" + encode_plc(PeerBeat(0), 1), 4)
+    assert [type(each) for each in found] == [Garbage, PeerBeat]
+
+
+def test_bytes_without_end_do_not_pile_up():
+    reader = LineReader()
+    found = [each for _ in range(100) for each in reader.feed(b"\x55" * 100, 0)]
+    assert len(found) == 33
+    assert all(isinstance(each, Garbage) for each in found)
+
+
+def test_what_was_missed_while_the_port_was_closed_shows_as_a_gap():
+    reader = LineReader()
+    reader.feed(encode_plc(PeerBeat(0), 0) + b"TRIG,1", 0)
+    reader.reopened()
+    found = reader.feed(b"3*1234\r\n" + encode_plc(PeerBeat(0), 4), 1)
+    assert [type(each) for each in found] == [Garbage, PeerBeat]
+    assert "is 4, not 1" in found[0].what

@@ -1,4 +1,4 @@
-"""What every link to a PLC can do, whatever its protocol."""
+"""What every link to a PLC can do, whatever its protocol, and what a protocol must bring to become one."""
 
 from typing import Protocol
 
@@ -10,14 +10,15 @@ class Link(Protocol):
     with back-off, and tells so (Disconnected, Connected); after a reconnect it sends the newest State first.
 
     Every Part that is posted is answered by exactly one of Delivered (or Acknowledged, where the protocol has it) and
-    Undelivered: nothing is lost silently. A Part that is older than its `expires_ns` is never sent.
+    Undelivered, every Gate by one of Switched and Unswitched: nothing is lost silently. A Part that is older than its
+    `expires_ns` is never sent.
     """
 
     def post(self, message: Outgoing) -> None:
         """Queue a message. Never waits, never fails; gate edges overtake results, results overtake the rest."""
 
     def events(self) -> list[Incoming]:
-        """Everything that has come since the last call, in order."""
+        """Everything that has come since the last call, in order. A bug in the link's thread is raised here."""
 
     def fileno(self) -> int:
         """Readable while there are events."""
@@ -25,5 +26,25 @@ class Link(Protocol):
     def close(self, last: State) -> bool:
         """Gate output to its safe level, `last` as the last word, then release the port; within about a second.
 
-        True when the PLC has got it. What was still queued is Undelivered. A second call does nothing.
+        True when the PLC has got it. What was still queued is Undelivered; `events` still tells that. A second call
+        does nothing.
         """
+
+
+class Port(Protocol):
+    """One protocol on one serial device. Called from the link's thread only. Every verb that talks to the outside is
+    bounded by `timeout_ms` of the settings and raises PlcError when the device, or a PLC that should answer, is gone;
+    the link then closes the port and opens it again. What a port knows of results that wait outlives that."""
+
+    def open(self) -> list[Incoming]:
+        """Claim the device. What is worth telling of it."""
+
+    def send(self, message: Outgoing, now_ns: int) -> list[Incoming]:
+        """Hand one message on, and what is known at once of its fate."""
+
+    def wait(self, wake: int, timeout_s: float) -> list[Incoming]:
+        """Do what is due and listen to the PLC until it says something, the descriptor `wake` is readable, or
+        `timeout_s` has passed."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Release the device, after up to `timeout_s` seconds for what was sent to arrive. True when it has."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 STATES = ("BOOT", "SELF_TEST", "READY", "RUNNING", "DEGRADED", "FAULT", "STOPPED")
+PASSING = ("READY", "RUNNING", "DEGRADED")  # parts may pass; in every other state the PLC rejects
 VERDICTS = ("PASS", "FAIL", "UNKNOWN")
 
 
@@ -15,6 +16,7 @@ class State:
     reason: str = ""
     recipe: int = 0
     code: int = 0  # of the fault: the exit code it would have
+    bundle: str = ""  # sha256 of the bundle of that recipe; links that can carry it show the first eight digits
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,11 @@ class Beat:
 
 @dataclass(frozen=True)
 class Gate:
-    """Switch the gate output now. `active` is the level of the output, not the fate of a part."""
+    """Switch the gate output now. `active` is the level of the output, not the fate of a part.
+
+    The output goes to the level that was asked for last. An edge that a later one overtakes before it got out is not
+    sent: so late, it would hit another part.
+    """
 
     id: int  # the part for which it switches
     active: bool
@@ -109,6 +115,16 @@ class Switched:
 
 
 @dataclass(frozen=True)
+class Unswitched:
+    """The gate output of this part was not switched to that level, and will not be: late, or refused by the PLC."""
+
+    id: int
+    active: bool
+    at_ns: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Counted:
     """The encoder stood at `count` (unsigned, 32 bits, wraps) at `at_ns`."""
 
@@ -153,7 +169,8 @@ class ClearAsked:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something on the line that is not of the protocol: noise, a wrong checksum, a gap in the numbers."""
+    """Something that is wrong with the line, though it works: noise, a wrong checksum, a gap in the PLC's numbers, an
+    exception answer, an adapter that waits."""
 
     at_ns: int
     what: str
@@ -167,6 +184,7 @@ Incoming = (
     | Acknowledged
     | Undelivered
     | Switched
+    | Unswitched
     | Counted
     | PeerBeat
     | Enabled

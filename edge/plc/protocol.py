@@ -1,57 +1,83 @@
-r"""The ASCII protocol on the serial line: text to bytes and back, without any I/O.
+r"""The ASCII protocol on the serial line: text to bytes and back, both ways, without any I/O.
 
 Every line is `BODY*CCCC\r\n`, ASCII. CCCC is the CRC-16/XMODEM of BODY (polynomial 0x1021, start 0), four upper-case
 hexadecimal digits. BODY is one of
 
-    STATE,<seq>,<state>[,<reason>]          BOOT, SELF_TEST, READY, FAULT or STOPPED; READY,SIMULATED without an engine
+    ours
+    STATE,<seq>,<state>[,<reason>]          one of messages.STATES; READY,SIMULATED without an engine
     PART,<seq>,<id>,<verdict>,<score>       PASS, FAIL or UNKNOWN; the score as 1.2345e-03, or NONE
-    BEAT,<seq>,<judged>                     when no other line was due: the link and the judging loop are alive
+    BEAT,<seq>,<judged>                     the link and the judging loop are alive
+    GATE,<seq>,<id>,<0|1>                   the gate output has this level from now on
 
-<seq> is 0 with BOOT, counts every line up to 65535 and starts again at 0, so the PLC sees a lost line. <id> counts the
-parts from 1 and only grows. Empty lines mean nothing: one is sent first, and one after a failed write. A reason has
-no comma, no asterisk and no control character.
+    the PLC's
+    TRIG,<seq>[,<number>]                   a part is in front of the camera; the PLC's own count of its triggers
+    ACK,<seq>,<id>                          the PLC has the PART with that id
+    BEAT,<seq>                              the PLC is alive
+    COUNT,<seq>,<count>                     the encoder, 32 bits that wrap
+    RECIPE,<seq>,<n>                        change to recipe n
+    ENABLE,<seq>,<0|1>                      inspect, or do not
+    CLEAR,<seq>                             clear the fault
+    TIMES,<seq>,<delay>,<pulse_ms>          reject delay (ms or counts) and pulse; 0 keeps what the station says
 
-What the PLC must do: let a part through only for a PASS with that part's id and a right CRC while the state is READY.
-Everything else rejects: FAIL, UNKNOWN, no PASS in time (lost, damaged or late), an id seen before. A gap in <seq>, a
-wrong CRC and silence for three heartbeats are alarms.
+<seq> starts with 0, counts every line of its sender up to 65535 and starts again at 0, so the other side sees a lost
+line. <id> is the PLC's number of the trigger, or counts the parts from 1. Empty lines mean nothing: one is sent first,
+and one after a failed write. A reason has no comma, no asterisk and no control character.
+
+What the PLC must do: let a part through only for a PASS with that part's id and a right CRC while the state is READY,
+RUNNING or DEGRADED. Everything else rejects: FAIL, UNKNOWN, no PASS in time (lost, damaged or late), an id seen
+before. A gap in <seq>, a wrong CRC and silence for three heartbeats are alarms.
 """
 
 import binascii
 import re
-from dataclasses import dataclass
 
-STATES = ("BOOT", "SELF_TEST", "READY", "FAULT", "STOPPED")
-VERDICTS = ("PASS", "FAIL", "UNKNOWN")
+from stpm.edge.plc.messages import (
+    STATES,
+    VERDICTS,
+    Acknowledged,
+    Beat,
+    ClearAsked,
+    Counted,
+    Enabled,
+    Garbage,
+    Gate,
+    GateTimes,
+    Incoming,
+    Outgoing,
+    Part,
+    PeerBeat,
+    RecipeAsked,
+    State,
+    Triggered,
+)
+
+__all__ = [
+    "Beat",
+    "Gate",
+    "LineReader",
+    "Part",
+    "ProtocolError",
+    "State",
+    "decode",
+    "decode_plc",
+    "encode",
+    "encode_plc",
+]
+
 SEQUENCE_MODULUS = 1 << 16
-
-
-@dataclass(frozen=True)
-class State:
-    state: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Part:
-    id: int
-    verdict: str
-    score: float | None
-
-
-@dataclass(frozen=True)
-class Beat:
-    judged: int
-
-
-Message = State | Part | Beat
+U32 = 1 << 32
+LONGEST_LINE = 256  # bytes; more without an end is noise
 
 
 class ProtocolError(ValueError):
     """A line that is not of this protocol, or was damaged on the way."""
 
 
-def encode(message: Message, sequence: int) -> bytes:
-    """One line, its end included."""
+# --- ours
+
+
+def encode(message: Outgoing, sequence: int) -> bytes:
+    """One of our lines, its end included."""
     match message:
         case State(state, reason):
             body = f"STATE,{sequence},{state}" + (f",{_plain(reason)}" if reason else "")
@@ -59,39 +85,158 @@ def encode(message: Message, sequence: int) -> bytes:
             body = f"PART,{sequence},{id},{verdict},{'NONE' if score is None else format(score, '.4e')}"
         case Beat(judged):
             body = f"BEAT,{sequence},{judged}"
+        case Gate(id, active):
+            body = f"GATE,{sequence},{id},{active:d}"
+    return _line(body)
+
+
+def decode(line: bytes) -> tuple[int, Outgoing]:
+    """The sequence number and message of one of our lines (with or without its end); of a Part and a State what the
+    line carries. ProtocolError when it is damaged."""
+    kind, sequence, fields = _fields(line)
+    return sequence, _ours(kind, fields)
+
+
+def _ours(kind: str, fields: list[str]) -> Outgoing:
+    match kind, fields:
+        case "STATE", [state, *reason] if state in STATES and len(reason) <= 1:
+            return State(state, "".join(reason))
+        case "PART", [id, verdict, score] if verdict in VERDICTS:
+            return Part(_whole(id), verdict, None if score == "NONE" else _real(score))
+        case "BEAT", [judged]:
+            return Beat(_whole(judged))
+        case "GATE", [id, level]:
+            return Gate(_whole(id), _whole(level, 2) == 1)
+    raise ProtocolError(f"unknown message {kind} with fields {fields}")
+
+
+# --- the PLC's
+
+
+def encode_plc(message: Incoming, sequence: int) -> bytes:
+    """One line of the PLC, its end included. TypeError for what a PLC cannot say."""
+    match message:
+        case Triggered(_, number):
+            body = f"TRIG,{sequence}" + (f",{number}" if number is not None else "")
+        case Acknowledged(id):
+            body = f"ACK,{sequence},{id}"
+        case PeerBeat():
+            body = f"BEAT,{sequence}"
+        case Counted(_, count):
+            body = f"COUNT,{sequence},{count}"
+        case RecipeAsked(_, recipe):
+            body = f"RECIPE,{sequence},{recipe}"
+        case Enabled(_, on):
+            body = f"ENABLE,{sequence},{on:d}"
+        case ClearAsked():
+            body = f"CLEAR,{sequence}"
+        case GateTimes(_, delay, pulse_ms):
+            body = f"TIMES,{sequence},{delay},{pulse_ms}"
+        case _:
+            raise TypeError(f"a PLC does not say {message}")
+    return _line(body)
+
+
+def decode_plc(line: bytes, at_ns: int) -> tuple[int, Incoming]:
+    """The sequence number and message of one line of the PLC that ended at `at_ns`. ProtocolError when damaged."""
+    kind, sequence, fields = _fields(line)
+    return sequence, _theirs(kind, fields, at_ns)
+
+
+def _theirs(kind: str, fields: list[str], at_ns: int) -> Incoming:
+    match kind, fields:
+        case "TRIG", []:
+            return Triggered(at_ns)
+        case "TRIG", [number]:
+            return Triggered(at_ns, _whole(number, U32))
+        case "ACK", [id]:
+            return Acknowledged(_whole(id), at_ns)
+        case "BEAT", []:
+            return PeerBeat(at_ns)
+        case "COUNT", [count]:
+            return Counted(at_ns, _whole(count, U32))
+        case "RECIPE", [recipe]:
+            return RecipeAsked(at_ns, _whole(recipe, U32))
+        case "ENABLE", [level]:
+            return Enabled(at_ns, _whole(level, 2) == 1)
+        case "CLEAR", []:
+            return ClearAsked(at_ns)
+        case "TIMES", [delay, pulse_ms]:
+            return GateTimes(at_ns, _whole(delay, U32), _whole(pulse_ms, U32))
+    raise ProtocolError(f"unknown message {kind} with fields {fields}")
+
+
+class LineReader:
+    """Bytes of the PLC to messages. A damaged line and a gap in its numbers become Garbage."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._expected: int | None = None
+        self._joined_late = True
+
+    def reopened(self) -> None:
+        """The port was closed in between: its next bytes may begin in the middle of a line. The numbers go on, so
+        that what was missed meanwhile shows as a gap."""
+        self._rest, self._joined_late = b"", True
+
+    def feed(self, data: bytes, at_ns: int) -> list[Incoming]:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        messages: list[Incoming] = []
+        for line in lines:
+            if line.strip(b"\r"):
+                messages += self._take(line, at_ns)
+            self._joined_late = False
+        if len(self._rest) > LONGEST_LINE:
+            messages.append(Garbage(at_ns, f"{len(self._rest)} bytes without the end of a line: {self._rest[:32]!r}"))
+            self._rest = b""
+        return messages
+
+    def _take(self, line: bytes, at_ns: int) -> list[Incoming]:
+        try:
+            sequence, message = decode_plc(line, at_ns)
+        except ProtocolError as error:
+            # the rest of a line that began before we listened is no fault of the line
+            return [] if self._joined_late else [Garbage(at_ns, str(error))]
+        expected, self._expected = self._expected, (sequence + 1) % SEQUENCE_MODULUS
+        if expected is None or sequence == expected:
+            return [message]
+        return [Garbage(at_ns, f"the PLC's next line is {sequence}, not {expected}: some are lost"), message]
+
+
+# --- both
+
+
+def _line(body: str) -> bytes:
     return f"{body}*{_checksum(body):04X}\r\n".encode("ascii")
 
 
-def decode(line: bytes) -> tuple[int, Message]:
-    """The sequence number and message of one line (with or without its end). ProtocolError when it is damaged."""
+def _fields(line: bytes) -> tuple[str, int, list[str]]:
     try:
         body, found = line.rstrip(b"\r\n").decode("ascii").split("*")
-        if found != f"{_checksum(body):04X}":
-            raise ProtocolError(f"wrong checksum in {line!r}")
         kind, sequence, *fields = body.split(",")
-        return _whole(sequence, SEQUENCE_MODULUS), _message(kind, fields)
     except (ValueError, UnicodeDecodeError) as error:
-        if isinstance(error, ProtocolError):
-            raise
-        raise ProtocolError(f"not a line of this protocol: {line!r}") from error
+        raise ProtocolError(f"not a line of this protocol: {_short(line)}") from error
+    if found != f"{_checksum(body):04X}":
+        raise ProtocolError(f"wrong checksum in {_short(line)}")
+    return kind, _whole(sequence, SEQUENCE_MODULUS), fields
 
 
-def _message(kind: str, fields: list[str]) -> Message:
-    match kind, fields:
-        case "STATE", [state, *reason] if state in STATES and len(reason) <= 1:
-            return State(state, *reason)
-        case "PART", [id, verdict, score] if verdict in VERDICTS:
-            return Part(_whole(id), verdict, None if score == "NONE" else float(score))
-        case "BEAT", [judged]:
-            return Beat(_whole(judged))
-    raise ProtocolError(f"unknown message {kind} with fields {fields}")
+def _short(line: bytes) -> str:
+    return repr(line[:80])
 
 
 def _whole(digits: str, limit: int | None = None) -> int:
     # int() alone would also take " 7", "+7" and "7_0"
-    if not digits.isdecimal() or (limit is not None and int(digits) >= limit):
+    if not digits.isdecimal() or len(digits) > 20 or (limit is not None and int(digits) >= limit):
         raise ProtocolError(f"not a number of this protocol: {digits!r}")
     return int(digits)
+
+
+def _real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ProtocolError(f"not a number of this protocol: {text!r}") from error
 
 
 def _checksum(body: str) -> int:

@@ -18,11 +18,12 @@ class Pins(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RegisterMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[plc.map]: where the map of docs/plc.md begins in each table; addresses from 0, as in the request."""
 
-    # modbus-slave answers at these; modbus-master reads `control_*` from the PLC and writes `status_*` into it
+    # modbus-slave answers at these; modbus-master reads `control_*` from the PLC and writes `status_*` into it, where
+    # both are coils, or holding registers: they must not overlap
     control_coils: int = 0
     control_registers: int = 0
-    status_bits: int = 0  # slave: discrete inputs; master: coils of the PLC
-    status_registers: int = 0  # slave: input registers; master: holding registers of the PLC
+    status_bits: int = 100  # slave: discrete inputs; master: coils of the PLC
+    status_registers: int = 100  # slave: input registers; master: holding registers of the PLC
     mirror_registers: int = 1000  # slave: the status registers again, as holding registers
 
 
@@ -47,9 +48,10 @@ class PlcSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_s: float = 0.5  # longest silence of ours
     peer_timeout_s: float = 0.0  # longest silence of the PLC before FAULT; 0: the PLC need not beat
     acknowledge: bool = False  # ascii: every PART must be answered by ACK (Modbus: the handshake does it)
-    acknowledge_ms: float = 500.0
+    acknowledge_ms: float = 500.0  # longest wait for ACK, or for RESULT_ACK
     expire_ms: float = 1000.0  # a result older than this is not sent any more: it is undelivered
     queue: int = 8  # results that wait for the PLC
+    local_echo: bool = False  # Modbus: the RS-485 adapter hears what we send ourselves
     enable: bool = False  # inspect only while the PLC says so (ENABLE)
     pins: Pins = Pins()
     map: RegisterMap = RegisterMap()

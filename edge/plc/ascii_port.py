@@ -1,0 +1,123 @@
+"""The ASCII protocol on a serial device or pseudo-terminal: 8 data bits, no flow control.
+
+RTS and DTR are on while the port is open and fall when it is closed, also by a crash.
+"""
+
+import contextlib
+import select
+import time
+
+import serial
+
+from stpm.edge.plc.handshake import MS, Pending
+from stpm.edge.plc.messages import (
+    Acknowledged,
+    Delivered,
+    Garbage,
+    Gate,
+    Incoming,
+    Outgoing,
+    Part,
+    Switched,
+)
+from stpm.edge.plc.protocol import SEQUENCE_MODULUS, LineReader, encode
+from stpm.edge.plc.serial_port import SERIAL_ERRORS, adapter_notes, does_not_take, is_gone, open_serial
+from stpm.edge.plc.settings import PlcSettings
+
+# how often `close` looks whether the last byte is out
+DRAIN_S = 0.002
+
+
+class AsciiPort:
+    def __init__(self, settings: PlcSettings) -> None:
+        self._settings = settings
+        self._port: serial.Serial | None = None
+        self._reader = LineReader()
+        self._pending = Pending(round(settings.acknowledge_ms * MS)) if settings.acknowledge else None
+        self._sequence = 0
+        # the first line, and one after a write that failed, must not be glued to what is already on the wire
+        self._separate = True
+
+    def open(self) -> list[Incoming]:
+        self._port = open_serial(self._settings)
+        self._reader.reopened()
+        self._separate = True
+        return adapter_notes(self._settings.port)
+
+    def send(self, message: Outgoing, now_ns: int) -> list[Incoming]:
+        assert self._port is not None
+        line = encode(message, self._sequence)
+        self._sequence = (self._sequence + 1) % SEQUENCE_MODULUS
+        try:
+            self._port.write(b"\r\n" + line if self._separate else line)
+        except SERIAL_ERRORS as error:
+            raise does_not_take(self._settings.port, error) from error
+        self._separate = False
+        at_ns = time.monotonic_ns()
+        match message:
+            case Gate(id, active):
+                return [Switched(id, active, at_ns)]
+            case Part(id):
+                if self._pending is None:
+                    return [Delivered(id, at_ns)]
+                self._pending.sent(id, at_ns)
+        return []
+
+    def wait(self, wake: int, timeout_s: float) -> list[Incoming]:
+        assert self._port is not None
+        if self._pending is not None and (due_ns := self._pending.due_ns()) is not None:
+            timeout_s = min(timeout_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+        try:
+            readable, _, _ = select.select([self._port, wake], [], [], timeout_s)
+            data = self._port.read(4096) if self._port in readable else b""
+        except SERIAL_ERRORS as error:
+            raise is_gone(self._settings.port, error) from error
+        now_ns = time.monotonic_ns()
+        events = [self._checked(message, now_ns) for message in self._reader.feed(data, now_ns)]
+        return events + (self._pending.expired(now_ns) if self._pending else [])
+
+    def _checked(self, message: Incoming, now_ns: int) -> Incoming:
+        if isinstance(message, Acknowledged) and not (self._pending and self._pending.acknowledged(message.id)):
+            return Garbage(now_ns, f"an ACK for part {message.id}, which does not wait for one")
+        return message
+
+    def close(self, timeout_s: float) -> bool:
+        port, self._port = self._port, None
+        if port is None:
+            return False
+        drained = False
+        with contextlib.suppress(*SERIAL_ERRORS):  # a device that is gone has nothing left to take
+            deadline = time.monotonic() + timeout_s
+            while port.out_waiting and time.monotonic() < deadline:
+                time.sleep(DRAIN_S)
+            drained = not port.out_waiting
+        with contextlib.suppress(*SERIAL_ERRORS):
+            port.close()
+        return drained
+
+
+class Nowhere:
+    """`--plc none`: the lines are numbered and encoded, and go nowhere."""
+
+    def __init__(self) -> None:
+        self._sequence = 0
+
+    def open(self) -> list[Incoming]:
+        return []
+
+    def send(self, message: Outgoing, now_ns: int) -> list[Incoming]:
+        encode(message, self._sequence)
+        self._sequence = (self._sequence + 1) % SEQUENCE_MODULUS
+        match message:
+            case Gate(id, active):
+                return [Switched(id, active, time.monotonic_ns())]
+            case Part(id):
+                return [Delivered(id, time.monotonic_ns())]
+        return []
+
+    def wait(self, wake: int, timeout_s: float) -> list[Incoming]:
+        select.select([wake], [], [], timeout_s)
+        return []
+
+    def close(self, timeout_s: float) -> bool:
+        return True

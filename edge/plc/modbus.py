@@ -1,0 +1,50 @@
+"""What Modbus master and slave have in common: pymodbus kept quiet, and the places of the map."""
+
+import logging
+
+from stpm.edge.errors import ConfigError
+from stpm.edge.plc.handshake import MS, Handshake
+from stpm.edge.plc.registers import CONTROL_COILS, CONTROL_REGISTERS, STATUS_BITS, STATUS_REGISTERS
+from stpm.edge.plc.settings import PlcSettings, RegisterMap
+
+# what it has to say comes as events; its own lines would go to stderr
+logging.getLogger("pymodbus").addHandler(logging.NullHandler())
+logging.getLogger("pymodbus").propagate = False
+
+
+def new_handshake(settings: PlcSettings, now_ns: int) -> Handshake:
+    beat_ns = round(settings.heartbeat_s * 1e9)
+    return Handshake(settings.queue, round(settings.acknowledge_ms * MS), beat_ns, now_ns)
+
+
+def check_master_map(map: RegisterMap) -> None:
+    """ConfigError where what we write into the PLC would overwrite what the PLC tells us."""
+    _apart("control_coils", map.control_coils, CONTROL_COILS, "status_bits", map.status_bits, STATUS_BITS)
+    _apart(
+        "control_registers",
+        map.control_registers,
+        CONTROL_REGISTERS,
+        "status_registers",
+        map.status_registers,
+        STATUS_REGISTERS,
+    )
+
+
+def check_slave_map(map: RegisterMap) -> None:
+    """ConfigError where the mirror of the status lies on what the PLC writes."""
+    _apart(
+        "control_registers",
+        map.control_registers,
+        CONTROL_REGISTERS,
+        "mirror_registers",
+        map.mirror_registers,
+        STATUS_REGISTERS,
+    )
+
+
+def _apart(a: str, a_first: int, a_count: int, b: str, b_first: int, b_count: int) -> None:
+    if a_first < b_first + b_count and b_first < a_first + a_count:
+        raise ConfigError(
+            f"{a} ({a_first} to {a_first + a_count - 1}) and {b} ({b_first} to {b_first + b_count - 1}) overlap in "
+            "[plc.map]: move one of them"
+        )
