@@ -26,7 +26,7 @@ class Link(Protocol):
     def close(self, last: State) -> bool:
         """Gate output to its safe level, `last` as the last word, then release the port; within about a second.
 
-        True when the PLC has got it. What was still queued is Undelivered; `events` still tells that. A second call
+        True when the PLC has got it (ASCII and pins: when the device has taken all of it). What was still queued is Undelivered; `events` still tells that. A second call
         does nothing.
         """
 
