@@ -1,31 +1,38 @@
-"""Frame sources. `open_camera` chooses by the look of the source."""
+"""Frame sources. `open_source` chooses by the look of the source and imports only what that needs."""
 
 from pathlib import Path
 
-from stpm.edge.camera.base import Camera, Frame
+from stpm.edge.camera.base import Captured, Source
+from stpm.edge.camera.messages import CameraSettings
 from stpm.edge.errors import CameraError
 
-__all__ = ["Camera", "Frame", "open_camera"]
+__all__ = ["CameraSettings", "Captured", "Source", "open_source"]
 
 
-def open_camera(source: str, fps: float | None = None, loop: bool = False) -> Camera:
-    """An index ("0"), /dev/videoN, a URL (rtsp://, http://), a video file, or a folder of images.
+def open_source(settings: CameraSettings) -> Source:
+    """An index ("0"), /dev/videoN, a URL (rtsp://, http://), genicam:NAME, a video file, a folder of images, or
+    pattern:... CameraError when it does not open."""
+    source = settings.source
+    kind, colon, rest = source.partition(":")
+    if colon and kind == "pattern":
+        from stpm.edge.camera.pattern import PatternSource
 
-    `fps` is the pace of a folder (as fast as they are judged when None) or of a video file (the file's own when
-    None), and is asked of a live camera; `loop` starts a folder or file again at its end. CameraError when the
-    source does not open.
-    """
-    from stpm.edge.camera.live import LiveCamera
-    from stpm.edge.camera.recorded import FolderCamera, VideoFile
+        return PatternSource(rest, settings)
+    if colon and kind == "genicam":
+        from stpm.edge.camera.aravis import AravisSource
 
-    path = Path(source)
-    if path.is_dir():
-        return FolderCamera(path, fps, loop)
-    if path.is_file():
-        return VideoFile(path, fps, loop)
+        return AravisSource(rest, settings)
+    if Path(source).is_dir() or Path(source).is_file():
+        from stpm.edge.camera.recorded import FolderSource, VideoFile
+
+        if Path(source).is_dir():
+            return FolderSource(Path(source), settings.fps, settings.loop)
+        return VideoFile(Path(source), settings.fps, settings.loop)
     if (source.isascii() and source.isdigit()) or source.startswith("/dev/") or "://" in source:
-        return LiveCamera(source, fps)
+        from stpm.edge.camera.opencv import OpenCvSource
+
+        return OpenCvSource(settings)
     raise CameraError(
-        f"wanted a camera index, /dev/videoN, a URL, a video file or a folder of images, found nothing at {source}: "
-        "check --camera"
+        f"wanted a camera index, /dev/videoN, a URL, genicam:NAME, a video file or a folder of images, found nothing "
+        f"at {source}: check --camera"
     )

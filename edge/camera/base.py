@@ -1,4 +1,4 @@
-"""What every frame source can do."""
+"""What every frame source can do. Sources live in the camera process: one that hangs takes nothing else with it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,31 +7,35 @@ from stpm.edge.preprocess import Image
 
 
 @dataclass(frozen=True)
-class Frame:
-    """One captured frame. `image` is None when it was captured but cannot be used; `problem` then says why."""
+class Captured:
+    """One frame of a source. `image` is uint8 H×W×3 BGR or H×W grey, and the caller's until the next `read`; None when
+    it cannot be used, `problem` then says why."""
 
-    number: int  # counted from 1 over everything captured, dropped frames included
-    captured_ns: int  # monotonic
-    name: str  # file name, or the number of the frame
+    began_ns: int  # monotonic: when waiting for it began; what was exposed earlier is not it
+    captured_ns: int  # monotonic: when its data were there, before any copy
+    name: str  # file name, or empty
     image: Image | None
     problem: str = ""
+    missed: int = 0  # frames that the device numbered and never delivered, just before this one
 
 
-class Camera(Protocol):
-    @property
-    def captured(self) -> int:
-        """Frames captured so far."""
+class Source(Protocol):
+    description: str
+    live: bool  # False for a recording, which waits and ends
+    triggered: bool  # a frame comes only after `trigger`; otherwise frames come by themselves
 
-    @property
-    def dropped(self) -> int:
-        """Frames captured that were never read: a newer one replaced them, or the camera was closed."""
+    def settings(self) -> dict[str, tuple[str, str]]:
+        """Each setting that was asked for, with what the device says it is now."""
 
     @property
     def finished(self) -> bool:
-        """True when a recorded source has no further frame."""
+        """True when a recording has no further frame."""
 
-    def read(self, timeout: float) -> Frame | None:
-        """The next frame, or None when none came within `timeout` seconds. CameraError when the source has stopped."""
+    def trigger(self) -> None:
+        """Expose one frame now. CameraError when the device is gone."""
+
+    def read(self, timeout_s: float) -> Captured | None:
+        """The next frame; None when none came in time. CameraError when the source has stopped."""
 
     def close(self) -> None:
-        """Release the device; a second call does nothing. From then on captured = read + dropped."""
+        """Release the device; a second call does nothing."""

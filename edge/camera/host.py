@@ -1,5 +1,6 @@
 """The line's side of the camera process: its frames, whether it gets on, and the slots that are in use."""
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -53,7 +54,7 @@ class CameraHost:
 
     def take(self, trigger: int) -> bool:
         worker = self.supervisor.worker
-        return worker is not None and self.ready and worker.channel.send(TakePicture(trigger))
+        return worker is not None and self.ready and worker.channel.send(TakePicture(trigger, time.monotonic_ns()))
 
     def release(self, slot: int) -> None:
         self._held.discard(slot)

@@ -53,9 +53,10 @@ class CameraFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class TakePicture(msgspec.Struct, frozen=True, tag=True):
-    """Line → camera: deliver one frame that was exposed after now, for this trigger."""
+    """Line → camera: deliver one frame that was exposed after `at_ns`, for this trigger."""
 
     trigger: int
+    at_ns: int  # monotonic
 
 
 FromCamera = CameraOpened | FrameReady | CameraEnded | CameraFailed

@@ -1,0 +1,150 @@
+"""The camera process: frames of a source into the ring, each announced to the line.
+
+In a process of its own, because a read that hangs in a driver cannot be interrupted. It makes progress visible
+(`Ring.advance`), and the line kills it when that stands still.
+"""
+
+import time
+import zlib
+from collections import deque
+
+from stpm.edge.camera import Captured, Source, open_source
+from stpm.edge.camera.messages import (
+    CameraEnded,
+    CameraFailed,
+    CameraOpened,
+    CameraSettings,
+    FrameReady,
+    TakePicture,
+    ToCamera,
+)
+from stpm.edge.channel import Channel, ChannelClosedError
+from stpm.edge.errors import CameraError, InputError
+from stpm.edge.preprocess import Image, widen_grey
+from stpm.edge.ring import IMAGE_BYTES, Ring
+from stpm.edge.worker import serve
+
+READ_S = 0.1  # how long the loop may wait for a frame
+IDLE_S = 0.05  # or for a trigger
+ANSWER_S = 1.0  # a camera that does not answer a trigger for so long is broken
+FROZEN_S = 2.0  # and one that shows the same picture for so long
+SAMPLE_ROWS = 16  # every so many are compared first
+
+
+def main(settings: CameraSettings, channel: Channel[ToCamera], ring: Ring) -> None:
+    try:
+        source = open_source(settings)
+        try:
+            channel.send(CameraOpened(source.description, source.live, source.settings()))
+            Capture(settings, source, channel, ring).run()
+        finally:
+            source.close()
+    except CameraError as error:
+        channel.send(CameraFailed(str(error)))
+    except ChannelClosedError:
+        return  # the line has ended, or has given us up
+
+
+class Capture:
+    def __init__(self, settings: CameraSettings, source: Source, channel: Channel[ToCamera], ring: Ring) -> None:
+        self._source, self._channel, self._ring = source, channel, ring
+        self._on_demand = source.triggered or settings.trigger == "software"
+        self._frozen = Frozen(settings.frozen_after if source.live else 0)
+        self._wanted: deque[TakePicture] = deque()  # pictures, oldest first
+        self._asked_ns: int | None = None  # when the device was triggered for the oldest one
+        self._number = 0
+
+    def run(self) -> None:
+        ended = False
+        while True:
+            self._ring.advance()
+            idle = ended or (self._source.triggered and not self._wanted)
+            for message in self._channel.receive(IDLE_S if idle else 0):
+                self._wanted.append(message)
+            if self._source.finished and not ended:
+                ended = self._channel.send(CameraEnded())
+            if not ended and (self._wanted or not self._source.triggered):
+                self._step()
+
+    def _step(self) -> None:
+        """One frame, or a while without one."""
+        if self._source.triggered and self._asked_ns is None:
+            self._source.trigger()
+            self._asked_ns = time.monotonic_ns()
+        captured = self._source.read(READ_S)
+        if captured is None:
+            silent_s = (time.monotonic_ns() - (self._asked_ns or time.monotonic_ns())) / 1e9
+            if self._source.live and silent_s > ANSWER_S:
+                raise CameraError(f"{self._source.description} has not answered a trigger for {ANSWER_S:g} s")
+            return
+        problem = captured.problem or self._frozen.look(captured.image, captured.captured_ns)
+        if not self._on_demand:
+            self._announce(captured, problem, None)
+        elif self._wanted and (self._source.triggered or captured.began_ns >= self._wanted[0].at_ns):
+            self._asked_ns = None
+            self._announce(captured, problem, self._wanted.popleft().trigger)
+
+    def _announce(self, captured: Captured, problem: str, trigger: int | None) -> None:
+        self._number += 1
+        slot, shape = None, (0, 0, 0)
+        if captured.image is not None:
+            try:
+                image = widen_grey(captured.image)
+                slot, shape, problem = self._keep(image, problem)
+            except InputError as error:
+                problem = str(error)
+        name = captured.name or str(self._number)
+        frame = FrameReady(self._number, captured.captured_ns, name, slot, shape, problem, trigger, captured.missed)
+        if not self._channel.send(frame) and slot is not None:
+            self._ring.release(slot)  # the line sees the gap in the numbers
+
+    def _keep(self, image: Image, problem: str) -> tuple[int | None, tuple[int, int, int], str]:
+        """Slot, shape and problem of a frame that goes into the ring if there is room."""
+        height, width = image.shape[:2]
+        if image.nbytes > IMAGE_BYTES:
+            return (
+                None,
+                (0, 0, 0),
+                f"a frame of {width}×{height} pixels is too large: set the camera to a smaller size",
+            )
+        slot = self._ring.claim()
+        if slot is None:
+            return None, (0, 0, 0), "no free slot: the line takes no frames"
+        self._ring.image(slot, (height, width, 3))[:] = image
+        return slot, (height, width, 3), problem
+
+
+class Frozen:
+    """Notices a picture that comes again and again: no sensor gives the same one twice, a hung driver does.
+
+    Every frame is compared by some of its rows. Only when these are alike is the whole frame looked at, so that a
+    healthy camera pays little.
+    """
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+        self._sample = self._whole = -1
+        self._alike = 1
+        self._since_ns = 0
+
+    def look(self, image: Image | None, now_ns: int) -> str:
+        """The problem, from the `after`-th like frame on. CameraError when that goes on."""
+        if not self._after or image is None:
+            return ""
+        sample = zlib.crc32(image[::SAMPLE_ROWS].tobytes())
+        if sample != self._sample:
+            self._sample, self._whole, self._alike, self._since_ns = sample, -1, 1, now_ns
+            return ""
+        whole = zlib.crc32(image.tobytes())
+        # of the first of them the whole was not looked at: it is taken to be like the second
+        self._alike = self._alike + 1 if self._whole in (-1, whole) else 2
+        self._whole = whole
+        if self._alike < self._after:
+            return ""
+        if now_ns - self._since_ns > FROZEN_S * 1e9:
+            raise CameraError(f"the camera has shown the same picture for {FROZEN_S:g} s: it is frozen")
+        return f"the camera is frozen: picture number {self._alike} that is the same"
+
+
+if __name__ == "__main__":
+    serve(CameraSettings, ToCamera, main)
