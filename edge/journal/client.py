@@ -33,6 +33,7 @@ SLOTS_LENT = 4  # at a time
 QUEUE = 2000  # records that wait for the channel, or for a journal process
 TEXT = 2000  # characters of a reason or event
 STUCK_NS = 20_000_000_000  # nothing heard from the journal process for so long: it hangs
+REAP_S = 0.5  # for the end of a process that was killed; one that hangs in a disk is left to the system
 BACK_OFF_NS = (500_000_000, 30_000_000_000)  # first and longest
 STEADY_NS = 10_000_000_000  # a process that lived for so long begins with the first back-off again
 
@@ -266,8 +267,8 @@ class JournalWriter:
         )
 
     def close(self, grace_s: float = 3.0) -> None:
-        """The end of the run: what waits is handed over and written, within `grace_s` seconds. Slots are of no
-        more use. A second call does nothing."""
+        """The end of the run: what waits is handed over and written, within `grace_s` seconds; a journal process that
+        has not ended by then is killed. Slots are of no more use. A second call does nothing."""
         deadline = time.monotonic() + grace_s
         while self._queue and self._worker is not None and time.monotonic() < deadline - grace_s / 2:
             self._flush()
@@ -281,7 +282,8 @@ class JournalWriter:
             self._worker.end(max(0.0, deadline - time.monotonic()))
             self._ended.append(self._worker.process)
             self._worker = None
-        self._ended = [process for process in self._ended if process.poll() is None]
+        while time.monotonic() < deadline + REAP_S and any(process.poll() is None for process in self._ended):
+            time.sleep(0.002)
         if self._count is not None:
             self._count.close()
             self._count = None

@@ -11,7 +11,7 @@ from stpm.edge.journal.database import CLOSED, KILLED, NAME, RUNNING, UNKNOWN, D
 from stpm.edge.journal.handed import count_file, ended_runs, read_count, stamp
 from stpm.edge.journal.messages import Event, JournalOpened, Outcome, PartRecord, Run, utc_now
 
-KEPT = 2000  # records that wait for a disk; the oldest go first
+KEPT = 10_000  # records that wait for a disk, some 10 MB; the oldest go first
 BATCH = 200  # so many are committed before their time
 AGAIN_S = 1.0  # between two attempts on a disk that refuses
 DECLARE_S = 10.0  # between two events about losses that go on
