@@ -19,6 +19,7 @@ from stpm.edge.journal.query import PART_COLUMNS, Filter, Journal, Row, RunSumma
 
 VERDICTS = ("PASS", "FAIL", "UNKNOWN")
 WIDTH = 100
+BAR_AFTER_S = 1.0
 
 EXAMPLES = """\
   stpm-journal list /var/lib/stpm/journal --verdict FAIL --last 20
@@ -248,10 +249,10 @@ def export_parts(journal: Journal, given: argparse.Namespace) -> None:
 
 
 def _with_progress(pages: Iterator[list[Row]], total: int) -> Iterator[list[Row]]:
-    """A bar on a terminal when it takes longer than a second."""
+    """A bar on a terminal when it takes long."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=" parts", delay=1, disable=not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=total, unit=" parts", delay=BAR_AFTER_S, disable=not sys.stderr.isatty(), leave=False) as bar:
         for page in pages:
             yield page
             bar.update(len(page))
@@ -264,6 +265,7 @@ def _short(at: str) -> str:
 
 def _cut(line: str) -> str:
     width = max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)
+    line = line.rstrip()
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
