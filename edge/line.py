@@ -124,6 +124,11 @@ class Line:
             else:
                 self._got_frame(part, frame, now_ns)
             return
+        if self.health.phase not in ("READY", "RUNNING"):
+            self.counts.captured += lost
+            self.counts.dropped["before READY"] += lost
+            self._drop(frame, "before READY")
+            return
         self._count_lost(frame.missed + lost, lost, now_ns)
         if not self.enabled:
             self._drop(frame, "not enabled")
@@ -461,9 +466,10 @@ class Line:
         health = self.health
         active = self.engines.active
         state = plc.State(health.state, health.reason, active, health.code, self.engines.bundle(active))
-        if state != self._announced:
-            self._announced = state
+        before, self._announced = self._announced, state
+        if state != before:
             self.link.post(state)
+        if (state.state, state.reason, state.recipe) != (before.state, before.reason, before.recipe):
             text = f"{state.state}{f' ({state.reason})' if state.reason else ''}, recipe {state.recipe}"
             self.journal.event("state", text)
             self._report(text)

@@ -107,6 +107,7 @@ class Loop:
         gc.collect()
         gc.freeze()  # what is there now stays; later collections are short
         self.line.health.phase = "READY"
+        self.line.tick(time.monotonic_ns())
         self._notify.say("READY=1")
 
     def _begin_journal(self) -> None:
