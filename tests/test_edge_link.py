@@ -457,6 +457,9 @@ def test_a_bug_in_the_thread_reaches_the_line():
             select.select([wake], [], [], timeout_s)
             return []
 
+        def tick(self, now_ns):
+            return []
+
         def close(self, timeout_s):
             return False
 

@@ -215,7 +215,12 @@ class SlavePlc(_Thread):
         await server.serve_forever(background=True)
         self._started.set()
         while not self._leaving.is_set():
+            before = [each.recv_buffer for each in server.active_connections.values()]
             await asyncio.sleep(0.02)
+            # silence ends a frame; pymodbus would wait for the rest of it for ever
+            for connection, buffer in zip(list(server.active_connections.values()), before, strict=False):
+                if connection.recv_buffer == buffer:
+                    connection.recv_buffer = b""
         await server.shutdown()  # type: ignore[no-untyped-call]
         await asyncio.sleep(0)
 

@@ -73,8 +73,10 @@ class AsciiPort:
         except SERIAL_ERRORS as error:
             raise is_gone(self._settings.port, error) from error
         now_ns = time.monotonic_ns()
-        events = [self._checked(message, now_ns) for message in self._reader.feed(data, now_ns)]
-        return events + (self._pending.expired(now_ns) if self._pending else [])
+        return [self._checked(message, now_ns) for message in self._reader.feed(data, now_ns)]
+
+    def tick(self, now_ns: int) -> list[Incoming]:
+        return self._pending.expired(now_ns) if self._pending else []
 
     def _checked(self, message: Incoming, now_ns: int) -> Incoming:
         if isinstance(message, Acknowledged) and not (self._pending and self._pending.acknowledged(message.id)):
@@ -117,6 +119,9 @@ class Nowhere:
 
     def wait(self, wake: int, timeout_s: float) -> list[Incoming]:
         select.select([wake], [], [], timeout_s)
+        return []
+
+    def tick(self, now_ns: int) -> list[Incoming]:
         return []
 
     def close(self, timeout_s: float) -> bool:

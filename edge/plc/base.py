@@ -26,8 +26,8 @@ class Link(Protocol):
     def close(self, last: State) -> bool:
         """Gate output to its safe level, `last` as the last word, then release the port; within about a second.
 
-        True when the PLC has got it (ASCII and pins: when the device has taken all of it). What was still queued is Undelivered; `events` still tells that. A second call
-        does nothing.
+        True when the PLC has got it (ASCII and pins: when the device has taken all of it). What was still queued is
+        Undelivered; `events` still tells that. A second call does nothing.
         """
 
 
@@ -45,6 +45,9 @@ class Port(Protocol):
     def wait(self, wake: int, timeout_s: float) -> list[Incoming]:
         """Do what is due and listen to the PLC until it says something, the descriptor `wake` is readable, or
         `timeout_s` has passed."""
+
+    def tick(self, now_ns: int) -> list[Incoming]:
+        """What has become of what waits, by now; also while the port is closed."""
 
     def close(self, timeout_s: float) -> bool:
         """Release the device, after up to `timeout_s` seconds for what was sent to arrive. True when it has."""

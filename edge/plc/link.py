@@ -204,7 +204,7 @@ class LinkThread:
             raise
 
     def _collect(self) -> None:
-        """What was posted since, and what has become too old."""
+        """What was posted since, and what came of what waits."""
         with self._lock:
             posted = list(self._posted)
             self._posted.clear()
@@ -217,7 +217,9 @@ class LinkThread:
                 case Gate():
                     self._wanted = message
             self._tell(self._outbox.put(message, at_ns))
-        self._tell(self._outbox.expired(time.monotonic_ns()))
+        now_ns = time.monotonic_ns()
+        self._tell(self._outbox.expired(now_ns))
+        self._tell(self._port.tick(now_ns))
 
     def _finish(self, last: State) -> None:
         """The safe level, the last word."""

@@ -51,6 +51,7 @@ from stpm.edge.plc.serial_port import SERIAL_ERRORS, adapter_notes, is_gone, no_
 from stpm.edge.plc.settings import PlcSettings, RemoteIo
 
 LIMIT = 3  # exchanges in a row without an answer
+TELL_AGAIN_NS = 60_000 * MS  # the same refusal
 EXCEPTIONS = {1: "illegal function", 2: "illegal address", 3: "illegal value", 4: "device failure", 6: "busy"}
 
 
@@ -65,7 +66,7 @@ class ModbusMaster:
         self._peer = _Map(settings, self._exchange) if settings.io is None else _RemoteIo(settings.io, self._exchange)
         self._poll_ns = round(settings.poll_ms * MS)
         self._poll_at_ns = self._write_at_ns = 0
-        self._refusal = ""  # the last one that was told
+        self._told_ns: dict[str, int] = {}  # refusals, and when each was told
 
     def open(self) -> list[Incoming]:
         self._exchange.open()
@@ -80,24 +81,23 @@ class ModbusMaster:
             except RefusedError as error:
                 return [Unswitched(message.id, message.active, time.monotonic_ns(), str(error))]
             return [Switched(message.id, message.active, time.monotonic_ns())]
-        events = self._peer.post(message, now_ns)
-        if isinstance(message, State):
-            # the first word after a reconnect: it shows whether the PLC is there
-            events += self._write()
-        return events
+        self._peer.post(message, now_ns)
+        # the first word after a reconnect is a state: it shows whether the PLC is there
+        return self._write() if isinstance(message, State) else []
 
     def wait(self, wake: int, timeout_s: float) -> list[Incoming]:
         """At most one exchange."""
         now_ns = time.monotonic_ns()
-        events = self._peer.tick(now_ns)
         if not self._peer.written and now_ns >= self._write_at_ns:
-            return events + self._write()
+            return self._write()
         if now_ns >= self._poll_at_ns:
-            return events + self._read()
-        if not events:
-            due_ns = min(self._poll_at_ns, self._peer.due_ns() or self._poll_at_ns)
-            select.select([wake], [], [], min(timeout_s, max(0, due_ns - now_ns) / 1e9))
-        return events
+            return self._read()
+        due_ns = min(self._poll_at_ns, self._peer.due_ns() or self._poll_at_ns)
+        select.select([wake], [], [], min(timeout_s, max(0, due_ns - now_ns) / 1e9))
+        return []
+
+    def tick(self, now_ns: int) -> list[Incoming]:
+        return self._peer.tick(now_ns)
 
     def close(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -129,14 +129,16 @@ class ModbusMaster:
             self._poll_at_ns = now_ns + self._poll_ns
             self._peer.refused(str(error))
             return self._told(error)
-        return self._peer.tick(time.monotonic_ns())
+        return []
 
     def _told(self, error: RefusedError) -> list[Incoming]:
-        """Once, not with every poll."""
-        if str(error) == self._refusal:
+        """Now and then, not with every poll."""
+        sentence, now_ns = str(error), time.monotonic_ns()
+        told_ns = self._told_ns.get(sentence)
+        if told_ns is not None and now_ns - told_ns < TELL_AGAIN_NS:
             return []
-        self._refusal = str(error)
-        return [Garbage(time.monotonic_ns(), self._refusal)]
+        self._told_ns[sentence] = now_ns
+        return [Garbage(now_ns, sentence)]
 
 
 class _Map:
@@ -155,9 +157,8 @@ class _Map:
         self._coils = None
         self._handshake.forget()
 
-    def post(self, message: State | Part | Beat, now_ns: int) -> list[Incoming]:
+    def post(self, message: State | Part | Beat, now_ns: int) -> None:
         self._handshake.post(message, now_ns)
-        return self._handshake.events()
 
     def tick(self, now_ns: int) -> list[Incoming]:
         self._handshake.tick(now_ns)
@@ -241,15 +242,14 @@ class _RemoteIo:
         self._has: dict[int, bool] = {}
         self._input = None
 
-    def post(self, message: State | Part | Beat, now_ns: int) -> list[Incoming]:
+    def post(self, message: State | Part | Beat, now_ns: int) -> None:
         match message:
             case State(state) if self._io.ready_coil is not None:
                 self._wanted[self._io.ready_coil] = state in PASSING
             case Beat() if self._io.heartbeat_coil is not None:
                 self._wanted[self._io.heartbeat_coil] ^= True
             case Part(id):
-                return [Delivered(id, now_ns)]  # the gate alone carries it
-        return []
+                self._events.append(Delivered(id, now_ns))  # the gate alone carries it
 
     def tick(self, now_ns: int) -> list[Incoming]:
         events, self._events = self._events, []

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from pymodbus.constants import ExcCodes
 from pymodbus.framer.rtu import FramerRTU
-from pymodbus.pdu import DecodePDU
+from pymodbus.pdu import DecodePDU, ModbusPDU
 from pymodbus.server import ModbusSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
@@ -58,6 +58,7 @@ class ModbusSlave:
         self._server: ModbusSerialServer | None = None
         self._broken: BaseException | None = None
         self._waiting = False
+        self._bits_asked = 0  # by the present request
 
     # --- the link's verbs
 
@@ -79,28 +80,29 @@ class ModbusSlave:
                 return []
             return [Unswitched(overtaken.id, overtaken.active, now_ns, "the PLC did not read it in time")]
         self._handshake.post(message, now_ns)
-        return self._handshake.events()
+        return []
 
     def wait(self, wake: int, timeout_s: float) -> list[Incoming]:
         loop = self._loop
         assert loop is not None
-        now_ns = time.monotonic_ns()
-        self._handshake.tick(now_ns)
-        if not (events := self._events()):
-            due_ns = self._handshake.due_ns()
-            if due_ns is not None:
-                timeout_s = min(timeout_s, max(0, due_ns - now_ns) / 1e9)
-            loop.add_reader(wake, loop.stop)
-            timer = loop.call_later(timeout_s, loop.stop)
-            self._waiting = True
-            loop.run_forever()
-            self._waiting = False
-            timer.cancel()
-            loop.remove_reader(wake)
-            events = self._events()
+        due_ns = self._handshake.due_ns()
+        if due_ns is not None:
+            timeout_s = min(timeout_s, max(0, due_ns - time.monotonic_ns()) / 1e9)
+        loop.add_reader(wake, loop.stop)
+        timer = loop.call_later(timeout_s, loop.stop)
+        self._waiting = True
+        loop.run_forever()
+        self._waiting = False
+        timer.cancel()
+        loop.remove_reader(wake)
         if self._broken is not None:
             raise is_gone(self._settings.port, self._broken)
-        return events
+        return []
+
+    def tick(self, now_ns: int) -> list[Incoming]:
+        self._handshake.tick(now_ns)
+        told, self._told = self._told, []
+        return told + self._handshake.events()
 
     def close(self, timeout_s: float) -> bool:
         """Here what was sent has arrived when the PLC has read it."""
@@ -130,6 +132,7 @@ class ModbusSlave:
             timeout=settings.timeout_ms / 1000,
             handle_local_echo=settings.local_echo,
             trace_connect=self._connection,
+            trace_pdu=self._requested,
         )
         server.framer = partial(_Framer, settings.device_id)  # type: ignore[assignment]
         listen = server.call_create
@@ -200,7 +203,7 @@ class ModbusSlave:
                 word, mask = bit // 16 - first, 1 << bit % 16
                 table[word] = table[word] | mask if level else table[word] & ~mask
             valid = self._map.status_bits + Bit.RESULT_VALID
-            seen = address <= valid < address + 16 * count
+            seen = address <= valid < address + self._bits_asked
         elif function in (READ_INPUT_REGISTERS, *READ_HOLDING_REGISTERS):
             inputs = function == READ_INPUT_REGISTERS
             begins = self._map.status_registers if inputs else self._map.mirror_registers
@@ -220,6 +223,12 @@ class ModbusSlave:
             self._gate = None
         self._handshake.tick(now_ns)
 
+    def _requested(self, sending: bool, pdu: ModbusPDU) -> ModbusPDU:
+        """pymodbus tells `_accessed` how many words of bits, not how many bits."""
+        if not sending:
+            self._bits_asked = pdu.count
+        return pdu
+
     def _hear(self, now_ns: int, counted: bool) -> None:
         self._handshake.hear(read_control(self._coils, self._registers), now_ns, counted)
 
@@ -231,10 +240,6 @@ class ModbusSlave:
     def _interrupt(self) -> None:
         if self._waiting and self._loop is not None:
             self._loop.stop()
-
-    def _events(self) -> list[Incoming]:
-        told, self._told = self._told, []
-        return told + self._handshake.events()
 
 
 def _place(table: list[_Value], start: int, values: list[_Value]) -> None:

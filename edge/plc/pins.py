@@ -82,6 +82,9 @@ class PinsPort:
             if left_s <= 0 or select.select([wake], [], [], min(POLL_S, left_s))[0]:
                 return []
 
+    def tick(self, now_ns: int) -> list[Incoming]:
+        return []
+
     def close(self, timeout_s: float) -> bool:
         port, self._port = self._port, None
         if port is None:

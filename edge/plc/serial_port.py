@@ -83,4 +83,7 @@ def no_answer(port: str, why: str) -> PlcError:
 
 
 def reason_of(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    # pyserial wraps the system's sentence in one with the name of the port
+    cause = error.__context__ if isinstance(error, serial.SerialException) and error.errno else None
+    named = cause if isinstance(cause, OSError) else error
+    return getattr(named, "strerror", None) or str(error) or type(error).__name__
