@@ -331,13 +331,17 @@ def test_what_is_too_old_is_deleted(lines, tmp_path):
             (folder / f"{number}.png").write_bytes(b"png")
     assert query(tmp_path, "SELECT count(*) FROM parts") == [(2510,)]
 
+    line = lines(tmp_path, max_days=1e12)  # for ever
+    line.opened()
+    line.close()
+    assert query(tmp_path, "SELECT count(*) FROM parts") == [(2510,)]
     line = lines(tmp_path, max_days=7.0)
     line.until(lambda: query(tmp_path, "SELECT count(*) FROM parts") == [(10,)])
     line.until(lambda: len(list((tmp_path / "pictures").iterdir())) == 1)
     line.close()
     assert len(list((tmp_path / "pictures").glob("*/*.png"))) == 120
-    assert [run.records for run in runs(tmp_path)] == [2511, 1]
-    assert [run.lost for run in runs(tmp_path)] == [0, 0]
+    assert [run.records for run in runs(tmp_path)] == [2511, 1, 1]
+    assert [run.lost for run in runs(tmp_path)] == [0, 0, 0]
 
 
 # --- killed processes
@@ -411,11 +415,13 @@ while True:
 def test_after_kill_9_of_the_line_the_next_start_knows_how_many_records_are_missing(lines, tmp_path, commit_s):
     command = [sys.executable, "-c", WRITE_UNTIL_KILLED, str(tmp_path), commit_s]
     with subprocess.Popen(command, cwd=Path(__file__).parent) as process:
-        deadline = time.monotonic() + 20
-        while not (counts := list(tmp_path.glob("handed-*.count"))) or read_count(counts[0]).records < 450:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
+        try:
+            deadline = time.monotonic() + 20
+            while not (counts := list(tmp_path.glob("handed-*.count"))) or read_count(counts[0]).records < 450:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            process.kill()
     handed = read_count(counts[0])
     assert not handed.closed
     line = lines(tmp_path)
@@ -572,6 +578,9 @@ def test_the_journal_process_ends_with_its_line(lines, tmp_path):
     line.writer.close()
     assert time.monotonic() - before < 2
     assert line.process.returncode == 0
+    line.part("FAIL", frame=True)
+    assert line.poll() == []
+    assert len(line.started) == 1
     assert len(list((tmp_path / "pictures").glob("*/*.png"))) == 1
 
 

@@ -270,6 +270,7 @@ class JournalWriter:
         """The end of the run: what waits is handed over and written, within `grace_s` seconds; a journal process that
         has not ended by then is killed. Slots are of no more use. A second call does nothing."""
         deadline = time.monotonic() + grace_s
+        self._run = None  # no more processes
         while self._queue and self._worker is not None and time.monotonic() < deadline - grace_s / 2:
             self._flush()
             time.sleep(0.002)

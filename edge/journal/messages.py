@@ -1,6 +1,6 @@
 """What the line and the journal process say to each other."""
 
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 import msgspec
 
@@ -8,6 +8,12 @@ import msgspec
 def utc_now() -> str:
     """What `at` is: UTC, ISO 8601, microseconds, always of one length, so that text sorts as time."""
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+def days_ago(days: float) -> str:
+    """The same for so long ago; for ever is a hundred years."""
+    moment = datetime.now(timezone.utc) - timedelta(days=min(days, 36525))
+    return moment.isoformat(timespec="microseconds")
 
 
 class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,7 +8,6 @@ failure may leave the last ones empty.
 import os
 from collections import deque
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import cv2
@@ -17,7 +16,7 @@ import numpy as np
 
 from stpm.edge.errors import InputError
 from stpm.edge.journal.handed import stamp
-from stpm.edge.journal.messages import PartRecord
+from stpm.edge.journal.messages import PartRecord, days_ago
 from stpm.edge.picture import defect_picture
 from stpm.edge.preprocess import Image, Preprocess, widen_grey
 from stpm.edge.ring import Ring
@@ -187,10 +186,8 @@ class PictureQueue:
                 self._write(self._waiting[0])
                 self._bytes -= self._waiting.popleft().bytes
                 self.reason = ""
-            if now >= self._expire_again:
-                before = datetime.now(timezone.utc) - timedelta(days=self._max_days)
-                if not self._pictures.expire(f"{before:%Y%m%d}"):
-                    self._expire_again = now + EXPIRE_S
+            if now >= self._expire_again and not self._pictures.expire(stamp(days_ago(self._max_days))[:8]):
+                self._expire_again = now + EXPIRE_S
         except OSError as error:
             self.reason = f"cannot write pictures ({error.strerror}): they are counted until it can be"
             self._again = now + AGAIN_S

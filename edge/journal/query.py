@@ -143,7 +143,7 @@ class Journal:
     def events(self, wanted: Filter, limit: int) -> list[Row]:
         """run, at, kind, text; oldest first."""
         conditions, values = wanted.conditions()
-        statement = f"SELECT run, at, kind, text FROM events WHERE {conditions} ORDER BY id DESC LIMIT ?"
+        statement = f"SELECT run, at, kind, text FROM events WHERE {conditions} ORDER BY at DESC, id DESC LIMIT ?"
         return self._all(statement, [*values, limit])[::-1]
 
     def pictures(self, wanted: Filter) -> list[Path]:

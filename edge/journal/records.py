@@ -4,12 +4,11 @@ import fcntl
 import os
 import sqlite3
 from collections import deque
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from stpm.edge.journal.database import CLOSED, KILLED, NAME, RUNNING, UNKNOWN, Database, Note, is_damage, set_aside
 from stpm.edge.journal.handed import count_file, ended_runs, read_count, stamp
-from stpm.edge.journal.messages import Event, JournalOpened, Outcome, PartRecord, Run, utc_now
+from stpm.edge.journal.messages import Event, JournalOpened, Outcome, PartRecord, Run, days_ago, utc_now
 
 KEPT = 10_000  # records that wait for a disk, some 10 MB; the oldest go first
 BATCH = 200  # so many are committed before their time
@@ -177,9 +176,8 @@ class Records:
                 self._why = f"{NAME} was removed while it was in use, and a new one was begun"
                 return
         if now >= self._prune_again:
-            before = datetime.now(timezone.utc) - timedelta(days=self._max_days)
             try:
-                more = self._database.prune(before.isoformat(timespec="microseconds"))
+                more = self._database.prune(days_ago(self._max_days))
             except sqlite3.Error as error:
                 self._fail(error, now)
             else:
