@@ -3,6 +3,7 @@
 import hashlib
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,11 @@ class Bundle:
     sha256: str  # of manifest.json, which holds the hashes of all other files
 
     def golden(self) -> GoldenFrames:
+        """Read once: the folder may be replaced while an engine of it is running, and tested again."""
+        return self._golden
+
+    @cached_property
+    def _golden(self) -> GoldenFrames:
         file = self.path / self.manifest.golden.file
         spec = self.manifest.preprocess
         try:

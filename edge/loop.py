@@ -70,7 +70,7 @@ class Loop:
             raise
         finally:
             self._shut_down(last)
-        if self.line.counts.undelivered and self._camera.ended:
+        if self.line.counts.undelivered and self._camera.recorded:
             raise PlcError(
                 f"{self.line.counts.undelivered} of {self.line.counts.judged} verdicts could not be delivered to the "
                 "PLC: check cable and PLC, then run it again"

@@ -1,7 +1,9 @@
 """Shared fixtures. Every test fails that leaves a thread or an open file behind."""
 
+import gc
 import os
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -140,3 +142,16 @@ def graphs(float_graph: onnx.ModelProto, int8_graph: onnx.ModelProto) -> dict[st
         "int8": int8_graph,
         "one stem in fp16": to_fp16(mixed, {stems_float[0]}),
     }
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 30 MB: one copy of the fp32 graph fits, its bundle does not."""
+    point = tmp_path / "small"
+    point.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(point)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield point
+    gc.collect()  # OpenVINO closes the file that it could not finish when the error is forgotten
+    subprocess.run(["umount", str(point)], check=True)

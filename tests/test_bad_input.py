@@ -1,6 +1,5 @@
 """Each mistake gives one sentence on stderr, its documented exit code, and leaves nothing half-written."""
 
-import gc
 import os
 import shutil
 import subprocess
@@ -88,19 +87,6 @@ def test_out_that_is_not_a_bundle_is_not_replaced(bundles, parts, tmp_path, capf
     assert build_main(words) == 3
     one_sentence(capfd, "not a bundle")
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 30 MB: one copy of the fp32 graph fits, its bundle does not."""
-    point = tmp_path / "small"
-    point.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(point)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield point
-    gc.collect()  # OpenVINO closes the file that it could not finish when the error is forgotten
-    subprocess.run(["umount", str(point)], check=True)
 
 
 def test_a_full_disk_leaves_nothing_and_keeps_the_old_bundle(bundles, parts, small_disk, capfd):

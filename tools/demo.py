@@ -4,14 +4,16 @@ python -m stpm.tools.demo --out demo
 """
 
 import argparse
-import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
+from stpm.edge.journal.database import NAME
 from stpm.tools.parts import write_dataset
 from stpm.tools.plc_sim import PtyPlc
 
@@ -59,8 +61,8 @@ def main() -> int:
     )
 
     say("3/4  stpm-run: judge the parts and tell a simulated PLC on a pseudo-terminal")
-    results = out / "results"
-    shutil.rmtree(results, ignore_errors=True)
+    journal = out / "journal"
+    shutil.rmtree(journal, ignore_errors=True)
     with PtyPlc() as plc:
         run(
             "stpm.edge.cli",
@@ -70,31 +72,31 @@ def main() -> int:
             data / CATEGORY / "test",
             "--plc",
             plc.port,
-            "--results",
-            results,
+            "--journal",
+            journal,
             "--quiet",
         )
     print(plc.gate.summary())
 
     say("4/4  what came of it")
-    print(outcome(results / "parts.jsonl", set(plc.gate.passed)))
+    print(outcome(journal, set(plc.gate.passed)))
     run("stpm.tools.evaluate", "--bundle", bundle, "--data", data, "--out", out / "report")
     print(
-        f"\nlook at {bundle / 'report.html'}, {out / 'report' / 'overview.png'} and {results / 'rejects'}/*.png   "
+        f"\nlook at {bundle / 'report.html'}, {out / 'report' / 'overview.png'} and {journal / 'pictures'}/   "
         f"({time.monotonic() - started:.0f} s)"
     )
     return 0
 
 
-def outcome(parts: Path, let_through: set[int]) -> str:
+def outcome(journal: Path, let_through: set[int]) -> str:
     """Per kind of part: how many came, and how many the gate let through."""
     came: Counter[str] = Counter()
     passed: Counter[str] = Counter()
-    for line in parts.read_text().splitlines():
-        part = json.loads(line)
-        kind = Path(part["name"]).parent.name
-        came[kind] += 1
-        passed[kind] += part["id"] in let_through
+    with closing(sqlite3.connect(f"file:{journal / NAME}?mode=ro", uri=True)) as database:
+        for part, frame in database.execute("SELECT part, frame FROM parts"):
+            kind = Path(frame).parent.name
+            came[kind] += 1
+            passed[kind] += part in let_through
     rows = [f"{'part':<16}{'came':>6}{'let through':>13}{'rejected':>10}"]
     rows += [f"{kind:<16}{came[kind]:>6}{passed[kind]:>13}{came[kind] - passed[kind]:>10}" for kind in sorted(came)]
     return "\n".join(rows) + "\n"
