@@ -3,17 +3,30 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 
 import numpy as np
 
 from stpm.edge.bundle import Bundle
-from stpm.edge.engine.base import Inference, InspectsOnHost, check_input
+from stpm.edge.camera.pattern import number_in
+from stpm.edge.engine.base import Inference, Inspection, InspectsOnHost, check_input
 from stpm.edge.errors import DeviceError, EngineError
 from stpm.edge.preprocess import Image, Preprocess, Tensor
 
-Answer = float | Exception | Callable[[], float]
+DEFECTIVE = 3  # by `pattern`, each frame of the pattern camera whose number this divides
+
+
+@dataclass(frozen=True)
+class ByNumber:
+    """The score follows from the number that the pattern camera has drawn into the frame."""
+
+    good: float
+    defective: float
+
+
+Answer = float | Exception | Callable[[], float] | ByNumber
 
 
 class FakeEngine(InspectsOnHost):
@@ -32,14 +45,17 @@ class FakeEngine(InspectsOnHost):
         self._script: Iterator[Answer] | None = iter(script)
         self._preprocess = preprocess or Preprocess()
         self._known = known or {}
+        self._frame: Image | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, script: str = "") -> "FakeEngine":
         """Passes the bundle's self test, then answers by the script, again and again, whatever the camera shows.
 
         The script is words with commas between them, one for each frame: `pass`, `fail`, `nan`, `raise`, `lost` (the
-        device is gone), `hang` (no answer, ever), `exit` (the process dies) or a number of seconds to wait before a
-        pass. WORD*N stands for N of them. Without a script every third part is defective.
+        device is gone), `hang` (no answer, ever), `exit` (the process dies), a number of seconds to wait before a
+        pass, or `pattern`: the number drawn into the frame of a pattern camera decides, each third one fails, so that
+        whoever knows the number knows the verdict. WORD*N stands for N of them. Without a script every third part is
+        defective.
         """
         spec, golden, threshold = bundle.manifest.preprocess, bundle.golden(), bundle.manifest.threshold.value
         known = {
@@ -50,6 +66,13 @@ class FakeEngine(InspectsOnHost):
 
     def warm_up(self) -> None:
         """Nothing is lazy here."""
+
+    def inspect(self, frame: Image, threshold: float, with_map: bool = False) -> Inspection:
+        self._frame = frame
+        try:
+            return super().inspect(frame, threshold, with_map)
+        finally:
+            self._frame = None  # a view of the ring
 
     def infer(self, tensor: Tensor) -> Inference:
         check_input(tensor, self._preprocess)
@@ -76,12 +99,19 @@ class FakeEngine(InspectsOnHost):
             raise EngineError("the script of the fake engine has ended")
         if isinstance(score, Exception):
             raise score
-        if callable(score):
+        if isinstance(score, ByNumber):
+            score = self._by_number(score)
+        elif callable(score):
             score = score()
         height, width = self._preprocess.height, self._preprocess.width
         anomaly = np.zeros((1, height, width), np.float32)
         anomaly[0, height // 2, width // 2] = score
         return Inference(anomaly, np.array([score], np.float32))
+
+    def _by_number(self, score: ByNumber) -> float:
+        if self._frame is None:
+            raise EngineError("`pattern` in engine.script is for camera frames: there is no number in a tensor")
+        return score.defective if number_in(self._frame) % DEFECTIVE == 0 else score.good
 
 
 def _answers(script: str, threshold: float) -> list[Answer]:
@@ -110,6 +140,8 @@ def _answer(word: str, threshold: float) -> Answer:
             return partial(_after, 1e9, threshold / 2)
         case "exit":
             return partial(os._exit, 1)
+        case "pattern":
+            return ByNumber(threshold / 2, threshold * 2)
     try:
         return partial(_after, float(word), threshold / 2)
     except ValueError:
