@@ -216,7 +216,7 @@ def test_closing_leaves_nothing_valid_the_gate_off_and_the_last_state(ends):
     link.post(Gate(1, True))
     link.post(Part(1, "PASS", 0.1, 1.0))
     Heard(link).one(Switched)
-    wait_until(lambda: plc.program.results)
+    wait_until(lambda: plc.program.results and plc.program.gate)
     began = time.monotonic()
     assert link.close(State("STOPPED"))
     assert time.monotonic() - began < 1.2
@@ -424,9 +424,10 @@ def test_remote_io_gets_single_coils_and_gives_a_trigger(opened, cable):
         wait_until(lambda: block.coils[2])
         block.inputs[4] = True
         heard.one(Triggered)
-        time.sleep(0.03)
         block.inputs[4] = False
-        time.sleep(0.03)
+        seen = block.reads + 2
+        wait_until(lambda: block.reads >= seen)
+        assert not any(isinstance(event, Triggered) for event in heard.events)
         block.inputs[4] = True
         heard.one(Triggered)
         link.post(State("FAULT"))

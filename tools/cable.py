@@ -26,6 +26,7 @@ class PtyCable:
         self.ours, self.theirs = (str(Path(self._folder.name) / name) for name in ("ours", "theirs"))
         self.delay_s = 0.0  # of every byte
         self.stalled = False  # nobody takes what our end writes: its buffer fills up
+        self.halved = 0  # how often `half_line` has done its work
         self._cut = False
         self._halve: set[End] = set()
         self._terminals: dict[End, tuple[int, int]] = {}  # master, and our handle on the slave that keeps it alive
@@ -120,6 +121,7 @@ class PtyCable:
     def _forward(self, to: End, data: bytes) -> None:
         if to in self._halve:
             self._halve.discard(to)
+            self.halved += 1
             data = data[: len(data) // 2]
         if self._cut:
             return

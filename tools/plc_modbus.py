@@ -192,6 +192,7 @@ class SlavePlc(_Thread):
         self.registers = [0] * SIZE
         self.refuse: ExcCodes | None = None  # answer every write with this
         self.silent = False  # answer nothing
+        self.reads = 0  # requests
         self.writes: list[tuple[int, int, list[int] | list[bool], float]] = []  # function, address, values, when
         self._started = threading.Event()
         super().__init__(settings, program)
@@ -244,6 +245,7 @@ class SlavePlc(_Thread):
             target[address : address + len(values)] = values  # type: ignore[assignment]
             self._scan()
         elif function in (1, 2, 3):
+            self.reads += 1
             self._scan()
             if function == 3:
                 table[:SIZE] = self.registers

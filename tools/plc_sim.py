@@ -1,7 +1,7 @@
 """The other end of the cable: a PLC that reads the ASCII protocol, works a gate and notices what a real one must.
 
 stpm-plc-sim              opens a pseudo-terminal, prints its name, and shows every line until Ctrl-C
-stpm-run --camera photos --plc /dev/pts/7
+stpm-run --camera photos --plc PORT
 
 With `--protocol modbus-master` or `modbus-slave` (what the station file of stpm-run says) it is the PLC at the other
 end of that: see plc_modbus.py.
@@ -10,11 +10,13 @@ end of that: see plc_modbus.py.
 import os
 import select
 import sys
+import tempfile
 import threading
 import time
 import tty
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
@@ -119,10 +121,13 @@ class PtyPlc:
         self.acknowledge = acknowledge
         self._sequence = 0
         self._saying = threading.Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="plc")
         if device is None:
             self._ours, theirs = os.openpty()
             tty.setraw(theirs)
-            self.port = os.ttyname(theirs)
+            # a name that goes with us: /dev/pts/7 may be somebody else's tomorrow, and a link would open that
+            self.port = str(Path(self._folder.name) / "port")
+            os.symlink(os.ttyname(theirs), self.port)
             # our own handle on their side keeps the terminal alive while nobody else has it open
             self._handles = [self._ours, theirs]
         else:
@@ -160,6 +165,7 @@ class PtyPlc:
         self._thread.join()
         for handle in (*self._handles, self._stop, self._woken):
             os.close(handle)
+        self._folder.cleanup()
 
     def _read(self) -> None:
         stopping = False

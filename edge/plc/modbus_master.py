@@ -38,7 +38,7 @@ from stpm.edge.plc.messages import (
     Triggered,
     Unswitched,
 )
-from stpm.edge.plc.modbus import check_master_map, new_handshake
+from stpm.edge.plc.modbus import check_master_map, new_handshake, silence_s
 from stpm.edge.plc.registers import (
     CONTROL_COILS,
     CONTROL_REGISTERS,
@@ -325,6 +325,7 @@ class _Exchange:
             handle_local_echo=settings.local_echo,
         )
         self._client.socket = port
+        self._client.silence_s = silence_s(settings)
         # a PLC that was lost counts as there when it answers the first time
         self._unanswered = LIMIT - 1
 
@@ -363,11 +364,13 @@ class _Exchange:
 
 class _Client(ModbusSerialClient):
     """pymodbus waits for an answer by sleeping, and by the wall clock, which may be set meanwhile. This one waits
-    until bytes are there, by the monotonic clock."""
+    until bytes are there, by the monotonic clock; and it leaves the wire silent before the next request."""
 
-    _deadline = 0.0
+    silence_s = 0.0
+    _deadline = _heard = 0.0
 
     def send(self, request: bytes, addr: tuple[Any, ...] | None = None) -> int:
+        time.sleep(max(0.0, self._heard + self.silence_s - time.monotonic()))
         size = super().send(request, addr)
         self._deadline = time.monotonic() + self.comm_params.timeout_connect
         return size
@@ -378,4 +381,5 @@ class _Client(ModbusSerialClient):
         if not select.select([port], [], [], max(0.0, self._deadline - time.monotonic()))[0]:
             return b""
         data: bytes = port.read(max(1, port.in_waiting))
+        self._heard = time.monotonic()
         return data

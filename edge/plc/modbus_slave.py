@@ -18,7 +18,7 @@ from pymodbus.server import ModbusSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 from stpm.edge.plc.messages import Gate, Incoming, Outgoing, Switched, Unswitched
-from stpm.edge.plc.modbus import check_slave_map, new_handshake
+from stpm.edge.plc.modbus import check_slave_map, new_handshake, silence_s
 from stpm.edge.plc.registers import (
     CONTROL_COILS,
     CONTROL_REGISTERS,
@@ -35,6 +35,7 @@ from stpm.edge.plc.settings import PlcSettings
 
 # function codes by what they do
 READ_INPUTS, READ_INPUT_REGISTERS, READ_HOLDING_REGISTERS = 2, 4, (3, 23)
+READS = (1, 2, 3, 4)
 WRITE_COILS, WRITE_REGISTERS = (5, 15), (6, 16, 23)
 # bytes of a request, from address to CRC, or the place of its byte count
 LENGTHS = dict.fromkeys((1, 2, 3, 4, 5, 6), 8)
@@ -54,6 +55,7 @@ class ModbusSlave:
         self._gate: Gate | None = None  # shown, and not read by the PLC yet
         self._seen = False  # the PLC has read what was said last
         self._told: list[Incoming] = []
+        self._silence_s = silence_s(settings)  # from a request to its answer
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: ModbusSerialServer | None = None
         self._broken: BaseException | None = None
@@ -180,23 +182,32 @@ class ModbusSlave:
         values: list[int] | list[bool] | None,
     ) -> ExcCodes | None:
         """pymodbus is about to read `count` words of `table`, which begins at word `first`, or to write `values`.
-        Bits are packed into words; `address` is theirs."""
-        now_ns = time.monotonic_ns()
+        Bits are packed into words; `address` is theirs. The answer follows when the line has been silent."""
         if values is None:
-            self._read(function, first, address, count, table, now_ns)
-        elif function in WRITE_COILS:
+            if function in READS:
+                await asyncio.sleep(self._silence_s)
+            self._read(function, first, address, count, table)
+            self._interrupt_if_told()
+            return None
+        now_ns = time.monotonic_ns()
+        if function in WRITE_COILS:
             _place(self._coils, address - self._map.control_coils, [bool(value) for value in values])
             self._hear(now_ns, counted=False)
         elif function in WRITE_REGISTERS:
             start = address - self._map.control_registers
             _place(self._registers, start, [int(value) for value in values])
             self._hear(now_ns, counted=start <= ENCODER and start + len(values) >= ENCODER + 2)
+        self._interrupt_if_told()
+        await asyncio.sleep(self._silence_s)
+        return None
+
+    def _interrupt_if_told(self) -> None:
         self._told += self._handshake.events()
         if self._told:
             self._interrupt()
-        return None
 
-    def _read(self, function: int, first: int, address: int, count: int, table: list[int], now_ns: int) -> None:
+    def _read(self, function: int, first: int, address: int, count: int, table: list[int]) -> None:
+        now_ns = time.monotonic_ns()
         status = self._handshake.status(now_ns)
         if function == READ_INPUTS:
             for bit, level in enumerate(status_bits(status), self._map.status_bits):
