@@ -109,10 +109,10 @@ def station_of(options: argparse.Namespace) -> Station:
         "recipes": {"1": str(options.bundle)} if options.bundle else None,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
-    station = read_station(options.config, {**overrides, **dict(options.set)})
+    station = checked(read_station(options.config, {**overrides, **dict(options.set)}))
     if not station.recipes:
         station = msgspec.structs.replace(station, recipes={"1": str(find_bundle())})
-    return checked(station)
+    return station
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -40,6 +40,10 @@ class Latency:
         if len(samples) >= 2 * self._keep:  # rarely, so that the cost per sample stays flat
             del samples[: -self._keep]
 
+    def milliseconds(self, name: str) -> list[float]:
+        """The samples of a stage."""
+        return [sample / 1e6 for sample in self._ns[name][-self._keep :]]
+
     def percentiles(self) -> dict[str, Percentiles]:
         return {name: _percentiles(samples[-self._keep :]) for name, samples in self._ns.items()}
 

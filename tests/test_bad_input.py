@@ -174,8 +174,9 @@ def test_camera_that_does_not_open(bundle, capfd):
     one_sentence(capfd, "/dev/video77", "does not open")
 
 
-def test_openvino_not_installed(bundle, parts, capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino", None)
+def test_openvino_not_installed(bundle, parts, tmp_path, capfd, monkeypatch):
+    (tmp_path / "openvino.py").write_text('raise ImportError("not here")')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the engine process
     assert run_main(["--bundle", str(bundle.path), "--camera", str(parts), "--plc", "none"]) == 5
     one_sentence(capfd, "stpm-edge[cpu]")
 
@@ -188,8 +189,7 @@ def test_evaluation_without_labels(bundle, tmp_path, capfd):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
-        ["--camera", "0"],
+        ["--camera", "0", "--plc", "none", "--set", "exposure"],
         ["--camera", "0", "--plc", "none", "--fps", "0"],
         ["--camera", "0", "--plc", "none", "--parts", "-1"],
         ["--camera", "0", "--plc", "none", "--heartbeat", "inf"],
@@ -199,6 +199,27 @@ def test_wrong_command_line_is_code_2(arguments, capfd):
     with pytest.raises(SystemExit) as ended:
         run_main(arguments)
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["camera.source is missing", "--camera"]),
+        (["--camera", "0"], ["plc.port is missing", "--plc"]),
+        (["--camera", "0", "--plc", "none", "--set", "camera.exposre=3"], ["exposre", "did you mean `exposure`"]),
+        (["--camera", "0", "--plc", "none", "--set", "gate.mode=delay"], ["gate.delay_ms"]),
+        (["--config", "nowhere.toml"], ["nowhere.toml"]),
+    ],
+)
+def test_a_station_that_cannot_be_is_code_2_before_anything_moves(arguments, words, capfd):
+    assert run_main(arguments) == 2
+    one_sentence(capfd, *words)
+
+
+def test_a_station_with_a_recipe_that_is_not_loaded(bundle, parts, capfd):
+    words = f"--bundle {bundle.path} --camera {parts} --plc none --set recipe=7".split()
+    assert run_main(words) == 2
+    one_sentence(capfd, "recipe 7", "known are 1")
 
 
 @pytest.mark.parametrize("out", ["student.pth", "folder"])

@@ -37,6 +37,25 @@ def test_bench_measures_bundles_in_turn_and_writes_json(bundles, tmp_path, capsy
     assert max(len(line) for line in printed.splitlines() if "│" not in line and "/" not in line) <= 100
 
 
+def test_bench_measures_the_whole_line(bundle, tmp_path, capsys):
+    words = f"--line --bundle {bundle.path} --runs 40 --repeats 1 --json {tmp_path / 'line.json'}"
+    assert bench.main(words.split()) == 0
+    report = json.loads((tmp_path / "line.json").read_text())
+    assert report["sha256"] == bundle.sha256
+    figures = report["figures"]
+    assert {"overhead", "gate", "serial", "camera", "capture to wire", "bare inspection"} <= set(figures)
+    assert figures["overhead"]["count"] > 20
+    assert figures["gate"]["count"] >= 40
+    for spread in figures.values():
+        assert 0 < spread["p50"] <= spread["p99"] <= spread["p999"] <= spread["max"]
+    # a camera that hangs is noticed after 2 s
+    assert figures["camera"]["p50"] > 2000
+    assert figures["capture to wire"]["p50"] > figures["overhead"]["p50"]
+    printed = capsys.readouterr().out
+    assert ("all targets met" in printed) == (not report["missed"])
+    assert max(len(line) for line in printed.splitlines() if "│" not in line and "/" not in line) <= 100
+
+
 def test_evaluation_agrees_with_the_manifest_and_writes_its_report(bundle, parts, tmp_path, capsys):
     assert evaluate.main(["--bundle", str(bundle.path), "--data", str(parts), "--out", str(tmp_path / "report")]) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())

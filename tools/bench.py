@@ -28,13 +28,15 @@ from stpm.edge.latency import Latency, Percentiles, table
 from stpm.edge.policy import judge
 from stpm.edge.preprocess import Image
 from stpm.edge.storage import write_json
+from stpm.tools.bench_line import measure_line, report
 
 SCHEMA = 2
 WARM_UP = 20
 
 EXAMPLES = """\
   python tools/bench.py --bundle bundles/screw-int8
-  python tools/bench.py --bundle bundles/screw-fp32 --bundle bundles/screw-int8 --json latency.json"""
+  python tools/bench.py --bundle bundles/screw-fp32 --bundle bundles/screw-int8 --json latency.json
+  python tools/bench.py --line --bundle bundles/screw-int8 --runs 2000     the whole line, its recovery included"""
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -138,12 +140,32 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add("--backend", choices=("auto", *BACKENDS), default="auto")
     add("--runs", type=count, default=300, help="frames per bundle (default: 300)")
+    add(
+        "--line",
+        action="store_true",
+        help="measure the whole line: overhead, gate, recovery (see tools/bench_line.py)",
+    )
+    add("--repeats", type=count, default=5, help="with --line: how often port and camera fail (default: 5)")
     add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     chosen = options.parse_args(arguments)
     return run_command("stpm-bench", lambda: _run(chosen), "nothing was written")
 
 
+def _run_line(options: argparse.Namespace) -> None:
+    bundle = options.bundle[0] if options.bundle else find_bundle()
+    benchmark = measure_line(bundle, options.backend, options.runs, options.repeats, machine())
+    print(", ".join(benchmark.machine.values()))
+    print(f"{bundle}, {', '.join(benchmark.engine.values())}\n")
+    print(report(benchmark))
+    if options.json:
+        write_json(options.json, benchmark)
+        print(f"\nwritten: {options.json}")
+
+
 def _run(options: argparse.Namespace) -> None:
+    if options.line:
+        _run_line(options)
+        return
     benchmark = measure(options.bundle or [find_bundle()], options.backend, options.runs)
     print(", ".join(benchmark.machine.values()))
     first = benchmark.bundles[0]
