@@ -4,6 +4,7 @@ import fcntl
 import os
 import sqlite3
 from collections import deque
+from itertools import islice
 from pathlib import Path
 
 from stpm.edge.journal.database import CLOSED, KILLED, NAME, RUNNING, UNKNOWN, Database, Note, is_damage, set_aside
@@ -12,6 +13,7 @@ from stpm.edge.journal.messages import Event, JournalOpened, Outcome, PartRecord
 
 KEPT = 10_000  # records that wait for a disk, some 10 MB; the oldest go first
 BATCH = 200  # so many are committed before their time
+COMMIT = 1000  # at most, so that no transaction is long or asks for much space
 AGAIN_S = 1.0  # between two attempts on a disk that refuses
 DECLARE_S = 10.0  # between two events about losses that go on
 PRUNE_S = 60.0
@@ -127,15 +129,22 @@ class Records:
 
     def commit(self, now: float, lost_pictures: int) -> None:
         """Write what waits, when it is time."""
-        if self._waiting and (len(self._waiting) >= BATCH or now - self._since >= self._commit_s):
-            self._write(now, lost_pictures)
+        if len(self._waiting) >= BATCH or now - self._since >= self._commit_s:
+            self.flush(now, lost_pictures)
+
+    def flush(self, now: float, lost_pictures: int) -> bool:
+        """Write what waits, whatever the time. False when it cannot be written."""
+        while self._waiting:
+            if not self._write(now, lost_pictures):
+                return False
+        return True
 
     def _write(self, now: float, lost_pictures: int, last: int = 0, end: str = RUNNING) -> bool:
-        """All that waits, in one transaction with an event about what was lost: numbers up to `last` that are not
-        among those that wait, too."""
+        """The oldest that wait, in one transaction with an event about what was lost before them; the fate of numbers
+        up to `last` is decided with it."""
         if self._database is None:
             return False
-        batch = list(self._waiting)
+        batch = list(islice(self._waiting, COMMIT))
         through = max(self.through, last, batch[-1].record if batch else 0)
         lost = through - self._written - len(batch)
         self._explain_recovery(now)
@@ -147,7 +156,8 @@ class Records:
         except sqlite3.Error as error:
             self._fail(error, now)
             return False
-        self._waiting.clear()
+        for _ in batch:
+            self._waiting.popleft()
         self.through, self._written, self.reason = through, self._written + new, ""
         if declare:
             self._why, self._declared, self._declared_pictures = "", lost, lost_pictures
@@ -183,11 +193,6 @@ class Records:
             else:
                 self._prune_again = now if more else now + PRUNE_S
 
-    def flush(self, now: float, lost_pictures: int) -> None:
-        """Write what waits, whatever the time."""
-        if self._waiting:
-            self._write(now, lost_pictures)
-
     def finish(self, now: float, lost_pictures: int) -> None:
         """The line has closed the channel or is gone: how the run ended goes into the database, if it can."""
         if self.run is None:
@@ -197,7 +202,8 @@ class Records:
         path = count_file(self._folder, self.run.at)
         handed = read_count(path)
         end = UNKNOWN if handed is None else CLOSED if handed.closed else KILLED
-        if self._write(now, lost_pictures, last=handed.records if handed else 0, end=end):
+        last = handed.records if handed else 0
+        if self.flush(now, lost_pictures) and self._write(now, lost_pictures, last, end):
             path.unlink(missing_ok=True)
         self._close()
 
