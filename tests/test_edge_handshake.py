@@ -1,7 +1,9 @@
 """The register map, the handshake and the order of sending: pure, with the clock passed in."""
 
+import re
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +26,9 @@ from stpm.edge.plc.messages import (
 )
 from stpm.edge.plc.outbox import Outbox
 from stpm.edge.plc.registers import (
+    STATUS_REGISTERS,
     Bit,
+    Coil,
     Control,
     Status,
     control_tables,
@@ -73,6 +77,20 @@ def test_the_registers_are_these():
     ]
     assert [index for index, level in enumerate(status_bits(status)) if level] == [0, 3, 5, 9]
     assert read_status(status_registers(status)) == replace(status, latency_ms=12)
+
+
+def test_the_map_in_the_document_is_the_map():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "plc.md").read_text()
+    tables = {name: text.split(f"| {name} |")[1].split("\n\n")[0] for name in ("control coil", "status bit", "state")}
+    for name, bits in (("control coil", Coil), ("status bit", Bit)):
+        assert re.findall(r"^\| (\d+) \| (\w+) \|", tables[name], re.M) == [(str(bit.value), bit.name) for bit in bits]
+    for state, code in re.findall(r"^\| `(\w+)` \| (\d) \|", tables["state"], re.M):
+        assert status_registers(Status(state=state))[1] == int(code)
+    rows = re.findall(r"^\| ([\d, to]+) \|", text.split("| status register |")[1].split("\n\n")[0], re.M)
+    places = [[int(number) for number in re.findall(r"\d+", row)] for row in rows]
+    assert [place[0] for place in places] == [0, *(place[-1] + 1 for place in places[:-1])]
+    assert places[-1] == [STATUS_REGISTERS - 1]
+    assert len(status_registers(Status())) == STATUS_REGISTERS
 
 
 def test_all_zero_means_nothing_valid_and_not_ready():

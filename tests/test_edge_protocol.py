@@ -1,5 +1,8 @@
 """The ASCII protocol, pinned by literal bytes, both ways."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from stpm.edge.plc.messages import (
@@ -50,6 +53,9 @@ THEIRS = [
     (ClearAsked(9), 8, b"CLEAR,8*8AF4\r\n"),
     (GateTimes(9, 150, 40), 65535, b"TIMES,65535,150,40*3A55\r\n"),
 ]
+
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "plc.md"
 
 
 def crc16_xmodem(body: bytes) -> int:
@@ -204,3 +210,18 @@ def test_what_was_missed_while_the_port_was_closed_shows_as_a_gap():
     found = reader.feed(b"3*1234\r\n" + encode_plc(PeerBeat(0), 4), 1)
     assert [type(each) for each in found] == [Garbage, PeerBeat]
     assert "is 4, not 1" in found[0].what
+
+
+def test_the_dialogue_in_the_document_is_real():
+    lines = re.findall(r"^    (line|PLC) +(\S+)$", DOCUMENT.read_text(), re.M)
+    assert len(lines) > 10
+    theirs = 0
+    for side, text in lines:
+        if side == "line":
+            sequence, message = decode(text.encode())
+            assert encode(message, sequence).decode().strip() == text
+        else:
+            sequence, event = decode_plc(text.encode(), 0)
+            assert sequence == theirs
+            assert encode_plc(event, sequence).decode().strip() == text
+            theirs += 1
