@@ -14,18 +14,15 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from stpm.edge.camera.messages import CameraSettings
 from stpm.edge.errors import ConfigError
 from stpm.edge.journal.messages import JournalSettings
+from stpm.edge.limits import AtLeastOne, Count, NotNegative, Positive
 from stpm.edge.plc.settings import PlcSettings
-
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
-NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class StationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,7 +34,7 @@ class PartSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     deadline_ms: Positive = 500.0  # from trigger or capture to verdict; later is UNKNOWN
     queue: AtLeastOne = 8  # frames that may wait for the engine
-    alarm_after: NotNegative = 10  # consecutive rejects; 0: no alarm
+    alarm_after: Count = 10  # consecutive rejects; 0: no alarm
     limit: AtLeastOne | None = None  # stop after so many
 
 
@@ -46,8 +43,8 @@ class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     mode: Literal["plc", "delay", "encoder"] = "plc"  # who finds the moment: the PLC; the clock; the encoder
     polarity: Literal["reject", "accept"] = "reject"  # what the pulse does to the part
-    delay_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # from capture, mode delay
-    counts: NotNegative = 0  # from capture, mode encoder
+    delay_ms: NotNegative = 0.0  # from capture, mode delay
+    counts: Count = 0  # from capture, mode encoder
     pulse_ms: Positive = 50.0
     encoder_timeout_ms: Positive = 200.0  # an encoder that is not heard for so long is lost
 
@@ -72,7 +69,7 @@ class Station(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gate: GateSettings = GateSettings()
     plc: PlcSettings = PlcSettings()
     recipes: dict[str, str] = {}
-    recipe: int | None = None  # the one to begin with; the lowest number when None
+    recipe: Count | None = None  # the one to begin with; the lowest number when None
     journal: JournalSettings = JournalSettings()
     control: ControlSettings = ControlSettings()
 

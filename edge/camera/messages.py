@@ -1,24 +1,30 @@
 """What the camera process and the line say to each other."""
 
+from typing import Literal
+
 import msgspec
+
+from stpm.edge.limits import AtLeastOne, Count, Positive
 
 
 class CameraSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[camera] of a station. None leaves a setting as the camera has it."""
 
     source: str = ""  # index, /dev/videoN, URL, video file, folder of images, or genicam:NAME
-    trigger: str = "free"  # free: every frame is a part; software: a frame for each trigger of the PLC
-    policy: str = "latest"  # latest: the newest frame replaces one that waits; every: all wait, up to parts.queue
-    fps: float | None = None
-    width: int | None = None
-    height: int | None = None
+    # free: every frame is a part; software: a frame for each trigger of the PLC
+    trigger: Literal["free", "software"] = "free"
+    # latest: the newest frame replaces one that waits; every: all wait, up to parts.queue
+    policy: Literal["latest", "every"] = "latest"
+    fps: Positive | None = None
+    width: AtLeastOne | None = None
+    height: AtLeastOne | None = None
     fourcc: str | None = None
     exposure: float | None = None  # of OpenCV in the driver's unit, of GenICam in microseconds
     gain: float | None = None
     loop: bool = False  # a folder or video file starts again at its end
-    frozen_after: int = 3  # so many identical frames in a row are a frozen camera; 0: never (not for recordings)
-    stall_s: float = 2.0  # a camera process that does not get on for so long is killed and started again
-    open_s: float = 10.0  # and one that has not opened its source
+    frozen_after: Count = 3  # so many identical frames in a row are a frozen camera; 0: never (not for recordings)
+    stall_s: Positive = 2.0  # a camera process that does not get on for so long is killed and started again
+    open_s: Positive = 10.0  # and one that has not opened its source
 
 
 class CameraOpened(msgspec.Struct, frozen=True, tag=True):

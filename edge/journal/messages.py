@@ -4,6 +4,8 @@ from datetime import datetime, timedelta, timezone
 
 import msgspec
 
+from stpm.edge.limits import Count, Positive
+
 
 def utc_now() -> str:
     """What `at` is: UTC, ISO 8601, microseconds, always of one length, so that text sorts as time."""
@@ -21,10 +23,10 @@ class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     folder: str = ""  # none without one
     rejects: bool = True  # a picture of every reject
-    passes_every: int = 100  # a picture of every so many passes; 0: none
-    max_gb: float = 10.0  # pictures; the oldest go first
-    max_days: float = 30.0  # pictures and parts
-    commit_s: float = 0.2  # what a kill -9 can lose at most
+    passes_every: Count = 100  # a picture of every so many passes; 0: none
+    max_gb: Positive = 10.0  # pictures; the oldest go first
+    max_days: Positive = 30.0  # pictures and parts
+    commit_s: Positive = 0.2  # what a kill -9 can lose at most
 
 
 class JournalOpened(msgspec.Struct, frozen=True, tag=True):

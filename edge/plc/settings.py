@@ -1,8 +1,10 @@
 """[plc] of a station."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+from stpm.edge.limits import AtLeastOne, NotNegative, Positive
 
 Protocol = Literal["ascii", "modbus-master", "modbus-slave", "pins"]
 
@@ -39,18 +41,18 @@ class RemoteIo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PlcSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: str = ""  # serial device, pseudo-terminal, or "none"
     protocol: Protocol = "ascii"
-    baud: int = 115200
+    baud: AtLeastOne = 115200
     parity: Literal["N", "E", "O"] = "N"
     stop_bits: Literal[1, 2] = 1
-    device_id: int = 1  # Modbus: ours as slave, the PLC's as master
-    timeout_ms: float = 200.0  # of every read and write
-    poll_ms: float = 20.0  # modbus-master: how often the PLC is read
-    heartbeat_s: float = 0.5  # longest silence of ours
-    peer_timeout_s: float = 0.0  # longest silence of the PLC before FAULT; 0: the PLC need not beat
+    device_id: Annotated[int, msgspec.Meta(ge=1, le=247)] = 1  # Modbus: ours as slave, the PLC's as master
+    timeout_ms: Positive = 200.0  # of every read and write
+    poll_ms: Positive = 20.0  # modbus-master: how often the PLC is read
+    heartbeat_s: Positive = 0.5  # longest silence of ours
+    peer_timeout_s: NotNegative = 0.0  # longest silence of the PLC before FAULT; 0: the PLC need not beat
     acknowledge: bool = False  # ascii: every PART must be answered by ACK (Modbus: the handshake does it)
-    acknowledge_ms: float = 500.0  # longest wait for ACK, or for RESULT_ACK
-    expire_ms: float = 1000.0  # a result older than this is not sent any more: it is undelivered
-    queue: int = 8  # results that wait for the PLC
+    acknowledge_ms: Positive = 500.0  # longest wait for ACK, or for RESULT_ACK
+    expire_ms: Positive = 1000.0  # a result older than this is not sent any more: it is undelivered
+    queue: AtLeastOne = 8  # results that wait for the PLC
     local_echo: bool = False  # Modbus: the RS-485 adapter hears what we send ourselves
     enable: bool = False  # inspect only while the PLC says so (ENABLE)
     pins: Pins = Pins()
