@@ -221,9 +221,9 @@ class Loop:
             self.record.event("recipe", f"{by}: {text}")
             self._report(f"recipe: {text}")
             if good:
-                self.line.health.settle("recipe")
+                self.line.health.conditions.pop("recipe", None)
             else:
-                self.line.health.warn("recipe", text, EngineError.exit_code)
+                self.line.health.warn("recipe", text, EngineError.exit_code, latched=True)
             reply(Answer(good, text))
 
         return done

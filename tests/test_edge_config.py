@@ -1,5 +1,9 @@
 """The file of a station: what is in it, what overrides it, and what is said of a mistake."""
 
+import re
+from pathlib import Path
+
+import msgspec
 import pytest
 
 from stpm.edge.config import Station, checked, read_station
@@ -96,3 +100,31 @@ def test_a_file_that_is_not_toml_or_not_there(tmp_path):
 def test_settings_that_contradict_each_other_are_refused(file, override, words):
     with pytest.raises(ConfigError, match=words):
         checked(read_station(file, override))
+
+
+# --- the document
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "station.md"
+
+
+def test_the_document_shows_every_key_with_its_default(tmp_path):
+    block = re.search(r"```toml\n(.*?)```", DOCUMENT.read_text(), re.S).group(1)
+    (tmp_path / "station.toml").write_text(block)
+    assert read_station(tmp_path / "station.toml", {}) == Station()
+    shown = re.sub(r"^# ", "", block, flags=re.M)
+    values = msgspec.toml.decode(shown)
+    for path, struct in tables(Station):
+        table = values
+        for name in path:
+            table = table[name]
+        assert set(table) - {"1", "2"} == {field.encode_name for field in msgspec.structs.fields(struct)}, path
+
+
+def tables(struct, path=()):
+    """Every table of a station's file, with the struct that reads it."""
+    yield path, struct
+    for field in msgspec.structs.fields(struct):
+        options = getattr(field.type, "__args__", (field.type,))
+        for option in options:
+            if isinstance(option, type) and issubclass(option, msgspec.Struct):
+                yield from tables(option, (*path, field.encode_name))
