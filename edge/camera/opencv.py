@@ -15,7 +15,8 @@ from stpm.edge.errors import CameraError
 from stpm.edge.preprocess import Image
 
 OPEN_TIMEOUT_MS = 4000
-READ_TIMEOUT_MS = 2000
+# of what the watchdog allows, so that a stream that falls silent ends in a sentence and not in a kill
+READ_SHARE = 0.75
 # V4L2's numbers for who chooses the exposure
 MANUAL_EXPOSURE = 1
 
@@ -25,7 +26,7 @@ class OpenCvSource:
 
     def __init__(self, settings: CameraSettings) -> None:
         self._name = settings.source
-        self._capture = _open(settings.source)
+        self._capture = _open(settings.source, round(settings.stall_s * READ_SHARE * 1000))
         if not self._capture.isOpened():
             self._capture.release()
             raise CameraError(
@@ -34,6 +35,7 @@ class OpenCvSource:
             )
         self._settings = self._apply(settings)
         self.description = f"{self._name} through OpenCV ({self._capture.getBackendName()})"
+        self._arrived_ns = time.monotonic_ns()
 
     def settings(self) -> dict[str, tuple[str, str]]:
         return self._settings
@@ -42,10 +44,12 @@ class OpenCvSource:
         """Frames come by themselves; the process chooses the first one after the trigger."""
 
     def read(self, timeout_s: float) -> Captured | None:
-        began_ns = time.monotonic_ns()
+        # a frame may have come into the driver's queue while the last one was being decoded and copied, but not before
+        # the last one was grabbed: what was triggered since then may be younger than it
+        began_ns = self._arrived_ns
         try:
             good = self._capture.grab()
-            captured_ns = time.monotonic_ns()
+            self._arrived_ns = time.monotonic_ns()
             good, image = self._capture.retrieve() if good else (False, None)
         except cv2.error as error:
             raise CameraError(
@@ -53,7 +57,7 @@ class OpenCvSource:
             ) from error
         if not good or image is None:
             raise CameraError(f"the camera {self._name} has stopped delivering frames: check cable and power")
-        return Captured(began_ns, captured_ns, "", cast(Image, image))
+        return Captured(began_ns, self._arrived_ns, "", cast(Image, image))
 
     def close(self) -> None:
         self._capture.release()
@@ -83,11 +87,11 @@ class OpenCvSource:
         return report
 
 
-def _open(source: str) -> cv2.VideoCapture:
+def _open(source: str, read_timeout_ms: int) -> cv2.VideoCapture:
     if source.isdigit():
         return cv2.VideoCapture(int(source))
     if "://" not in source:
         return cv2.VideoCapture(source)
     # without these a server that accepts and says nothing holds the read for half a minute
-    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_TIMEOUT_MS]
+    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, read_timeout_ms]
     return cv2.VideoCapture(source, cv2.CAP_FFMPEG, limits)

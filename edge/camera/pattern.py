@@ -17,6 +17,7 @@ which it was.
 import os
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class PatternSource:
                 case "gap":
                     missed = int(value)
                 case "garbage":
-                    image = np.zeros(self._image.shape, np.uint16)
+                    image = cast(Image, self._texture[: len(self._image)].astype(np.uint16) << 8)
                 case "damage":
                     image, problem = None, "the frame came damaged"
         if not self._frozen:

@@ -26,23 +26,26 @@ from stpm.edge.worker import serve
 
 READ_S = 0.1  # how long the loop may wait for a frame
 IDLE_S = 0.05  # or for a trigger
+ROOM_S = 0.002  # or for a slot
 ANSWER_S = 1.0  # a camera that does not answer a trigger for so long is broken
 FROZEN_S = 2.0  # and one that shows the same picture for so long
 SAMPLE_ROWS = 16  # every so many are compared first
 
 
 def main(settings: CameraSettings, channel: Channel[ToCamera], ring: Ring) -> None:
+    source: Source | None = None
     try:
         source = open_source(settings)
-        try:
-            channel.send(CameraOpened(source.description, source.live, source.settings()))
-            Capture(settings, source, channel, ring).run()
-        finally:
-            source.close()
+        channel.send(CameraOpened(source.description, source.live, source.settings()))
+        Capture(settings, source, channel, ring).run()
     except CameraError as error:
+        # before it is closed, because the driver of a camera that is gone may hang there
         channel.send(CameraFailed(str(error)))
     except ChannelClosedError:
-        return  # the line has ended, or has given us up
+        pass  # the line has ended, or has given us up
+    finally:
+        if source is not None:
+            source.close()
 
 
 class Capture:
@@ -59,11 +62,11 @@ class Capture:
         while True:
             self._ring.advance()
             idle = ended or (self._source.triggered and not self._wanted)
-            for message in self._channel.receive(IDLE_S if idle else 0):
-                self._wanted.append(message)
+            room = self._source.live or len(self._ring.taken) < self._ring.slots  # a recording waits for it
+            self._wanted.extend(self._channel.receive(IDLE_S if idle else 0 if room else ROOM_S))
             if self._source.finished and not ended:
                 ended = self._channel.send(CameraEnded())
-            if not ended and (self._wanted or not self._source.triggered):
+            if room and not ended and (self._wanted or not self._source.triggered):
                 self._step()
 
     def _step(self) -> None:
@@ -95,8 +98,13 @@ class Capture:
                 problem = str(error)
         name = captured.name or str(self._number)
         frame = FrameReady(self._number, captured.captured_ns, name, slot, shape, problem, trigger, captured.missed)
-        if not self._channel.send(frame) and slot is not None:
-            self._ring.release(slot)  # the line sees the gap in the numbers
+        while not self._channel.send(frame):
+            if self._source.live:  # the line sees the gap in the numbers
+                if slot is not None:
+                    self._ring.release(slot)
+                return
+            self._ring.advance()
+            self._wanted.extend(self._channel.receive(IDLE_S))
 
     def _keep(self, image: Image, problem: str) -> tuple[int | None, tuple[int, int, int], str]:
         """Slot, shape and problem of a frame that goes into the ring if there is room."""
