@@ -129,7 +129,7 @@ def _run(options: argparse.Namespace) -> None:
         terminal = stack.enter_context(Terminal(options.quiet))
         for number, bundle in station.recipes.items():
             terminal.report(f"recipe {number}: bundle {bundle}")
-        link = open_link(station.plc)
+        link = open_link(station.plc, station.gate.safe)
         stack.callback(link.close, State("STOPPED"))  # where the loop has not done it
         loop = Loop(station, link, terminal.report)
         try:

@@ -48,6 +48,11 @@ class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pulse_ms: Positive = 50.0
     encoder_timeout_ms: Positive = 200.0  # an encoder that is not heard for so long is lost
 
+    @property
+    def safe(self) -> bool:
+        """The level of the output that rejects whatever comes."""
+        return self.mode != "plc" and self.polarity == "reject"
+
 
 class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     socket: str = ""  # path; none without one

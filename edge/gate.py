@@ -92,7 +92,6 @@ class Gate:
         self.pulse_ns = round(settings.pulse_ms * MS)
         self.encoder = Encoder(round(settings.encoder_timeout_ms * MS)) if settings.mode == "encoder" else None
         self._windows: list[Window] = []
-        self.safe = settings.polarity == "reject"  # the level that rejects whatever comes
         self._active = False  # every link opens with its output off
         self._held = True
 
@@ -167,7 +166,7 @@ class Gate:
 
     def _level(self, now_ns: int) -> bool:
         if self._held:
-            return self.safe
+            return self._settings.safe
         rejecting = self._rejects(now_ns)
         if self._settings.polarity == "reject":
             return rejecting

@@ -273,9 +273,6 @@ class Loop:
     def _shut_down(self, last: plc.State) -> None:
         """The safe state first, whatever else fails; then let go of everything."""
         self._notify.say("STOPPING=1")
-        gate = self.line.gate
-        if gate.used and gate.safe:
-            self._link.post(plc.Gate(0, True))
         try:
             if not self._link.close(last):
                 # the PLC hears no heartbeat from now on, and rejects

@@ -103,6 +103,8 @@ def test_commands_of_the_readme_exist_with_their_options():
         "stpm-build": "stpm.build.cli",
         "stpm-compile": "stpm.build.gpu.cli",
         "stpm-run": "stpm.edge.cli",
+        "stpm-ctl": "stpm.edge.control",
+        "stpm-journal": "stpm.edge.journal.cli",
         "stpm-eval": "stpm.tools.evaluate",
         "stpm-tune": "stpm.tools.tune",
         "python": "stpm.tools.bench",

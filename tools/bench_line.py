@@ -175,7 +175,7 @@ def _run(station: Station, stop: threading.Event | None = None) -> Loop:
     switch = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)  # as stpm-run does
     try:
-        loop = Loop(station, open_link(station.plc), lambda text: None)
+        loop = Loop(station, open_link(station.plc, station.gate.safe), lambda text: None)
         loop.run(stop or threading.Event())
         return loop
     finally:
