@@ -8,8 +8,8 @@ from stpm.edge.preprocess import Image
 
 @dataclass(frozen=True)
 class Captured:
-    """One frame of a source. `image` is uint8 H×W×3 BGR or H×W grey, and the caller's until the next `read`; None when
-    it cannot be used, `problem` then says why."""
+    """One frame of a source. `image` is uint8 H×W×3 BGR or H×W grey, and stays as it is until the next image but one;
+    None when it cannot be used, `problem` then says why."""
 
     began_ns: int  # monotonic: when waiting for it began; what was exposed earlier is not it
     captured_ns: int  # monotonic: when its data were there, before any copy

@@ -47,7 +47,7 @@ class PatternSource:
         random = np.random.default_rng(0)
         # more rows than a frame has: each frame begins at another one, so that no two are alike
         self._texture = random.integers(60, 190, (height + 97, width, 3), np.uint8)
-        self._image = np.empty((height, width, 3), np.uint8)
+        self._image, self._other = np.empty((2, height, width, 3), np.uint8)
         self._pace = Pace(self._values["fps"])
         self._number = 0
         self._frozen = False
@@ -65,17 +65,17 @@ class PatternSource:
             return None
         self._number += 1
         missed, problem = 0, ""
+        due = [(fault, value) for fault, value in self._faults.get(self._number, []) if self._due(fault)]
+        self._frozen = self._frozen or any(fault == "freeze" for fault, _ in due)
+        if not self._frozen:
+            self._draw()
         image: Image | None = self._image
-        for fault, value in self._faults.get(self._number, []):
-            if not self._due(fault):
-                continue
+        for fault, value in due:
             match fault:
                 case "hang":
                     time.sleep(1e9)
                 case "slow":
                     time.sleep(value)
-                case "freeze":
-                    self._frozen = True
                 case "close":
                     raise CameraError("the pattern says that the camera is gone: this is a fault on demand")
                 case "exit":
@@ -86,8 +86,6 @@ class PatternSource:
                     image = cast(Image, self._texture[: len(self._image)].astype(np.uint16) << 8)
                 case "damage":
                     image, problem = None, "the frame came damaged"
-        if not self._frozen:
-            self._draw()
         return Captured(began_ns, time.monotonic_ns(), f"#{self._number}", image, problem, missed)
 
     def close(self) -> None:
@@ -122,6 +120,7 @@ class PatternSource:
         return True
 
     def _draw(self) -> None:
+        self._image, self._other = self._other, self._image
         start = self._number % 97
         self._image[:] = self._texture[start : start + len(self._image)]
         block = self._image.shape[1] // BITS

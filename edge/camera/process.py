@@ -5,8 +5,9 @@ In a process of its own, because a read that hangs in a driver cannot be interru
 """
 
 import time
-import zlib
 from collections import deque
+
+import numpy as np
 
 from stpm.edge.camera import Captured, Source, open_source
 from stpm.edge.camera.messages import (
@@ -68,6 +69,8 @@ class Capture:
                 ended = self._channel.send(CameraEnded())
             if room and not ended and (self._wanted or not self._source.triggered):
                 self._step()
+            elif self._source.live:
+                self._source.read(0)  # so that a camera that is lost between two triggers is noticed
 
     def _step(self) -> None:
         """One frame, or a while without one."""
@@ -125,13 +128,13 @@ class Capture:
 class Frozen:
     """Notices a picture that comes again and again: no sensor gives the same one twice, a hung driver does.
 
-    Every frame is compared by some of its rows. Only when these are alike is the whole frame looked at, so that a
-    healthy camera pays little.
+    Each is compared with the one before, some of its rows first. Only when these are alike is the whole looked at, so
+    that a healthy camera pays little.
     """
 
     def __init__(self, after: int) -> None:
         self._after = after
-        self._sample = self._whole = -1
+        self._last: Image | None = None
         self._alike = 1
         self._since_ns = 0
 
@@ -139,19 +142,20 @@ class Frozen:
         """The problem, from the `after`-th like frame on. CameraError when that goes on."""
         if not self._after or image is None:
             return ""
-        sample = zlib.crc32(image[::SAMPLE_ROWS].tobytes())
-        if sample != self._sample:
-            self._sample, self._whole, self._alike, self._since_ns = sample, -1, 1, now_ns
+        last, self._last = self._last, image
+        if last is None or not _alike(last, image):
+            self._alike, self._since_ns = 1, now_ns
             return ""
-        whole = zlib.crc32(image.tobytes())
-        # of the first of them the whole was not looked at: it is taken to be like the second
-        self._alike = self._alike + 1 if self._whole in (-1, whole) else 2
-        self._whole = whole
+        self._alike += 1
         if self._alike < self._after:
             return ""
         if now_ns - self._since_ns > FROZEN_S * 1e9:
             raise CameraError(f"the camera has shown the same picture for {FROZEN_S:g} s: it is frozen")
         return f"the camera is frozen: picture number {self._alike} that is the same"
+
+
+def _alike(one: Image, other: Image) -> bool:
+    return np.array_equal(one[::SAMPLE_ROWS], other[::SAMPLE_ROWS]) and np.array_equal(one, other)
 
 
 if __name__ == "__main__":
