@@ -26,6 +26,7 @@ class PtyCable:
         self.ours, self.theirs = (str(Path(self._folder.name) / name) for name in ("ours", "theirs"))
         self.delay_s = 0.0  # of every byte
         self.stalled = False  # nobody takes what our end writes: its buffer fills up
+        self.garble: Callable[[bytes], bytes] | None = None  # what becomes of bytes on their way
         self.halved = 0  # how often `half_line` has done its work
         self._cut = False
         self._halve: set[End] = set()
@@ -125,6 +126,8 @@ class PtyCable:
             data = data[: len(data) // 2]
         if self._cut:
             return
+        if self.garble is not None:
+            data = self.garble(data)
         if self.delay_s:
             self._late.append((time.monotonic() + self.delay_s, to, data))
         else:

@@ -51,7 +51,7 @@ class Gate:
         self._silence_s, self._last_heard = silence_s, 0.0
         self._expected: int | None = None
         self._rest = b""
-        self._newest = 0  # the highest part id so far
+        self._seen: set[int] = set()  # ids; verdicts need not come in the order of their parts
 
     @property
     def ready(self) -> bool:
@@ -86,16 +86,16 @@ class Gate:
             case State(state):
                 self.states.append(state)
                 if state == "BOOT":
-                    self._newest = 0
+                    self._seen.clear()
             case Beat():
                 self.beats += 1
             case GateLevel(id, active):
                 self.levels.append((id, active))
             case Part(id, verdict):
                 self.verdicts[verdict] += 1
-                good = verdict == "PASS" and self.ready and id > self._newest
+                good = verdict == "PASS" and self.ready and id not in self._seen
                 (self.passed if good else self.rejected).append(id)
-                self._newest = max(self._newest, id)
+                self._seen.add(id)
 
     def summary(self) -> str:
         return (

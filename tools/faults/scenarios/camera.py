@@ -1,0 +1,121 @@
+"""Cameras that go, hang, freeze, or deliver what is no picture."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+from stpm.tools.faults.bench import Bench
+from stpm.tools.faults.scenarios import scenario
+from stpm.tools.faults.stream import Stream
+
+HUNG_S = 3.0  # from the moment at which it hangs: the two seconds of camera.stall_s are in it
+
+
+def _happened(done: Path, fault: str) -> bool:
+    return done.exists() and fault in done.read_text().split()
+
+
+def _restarts(bench: Bench, link: str, *script: str, limit_s: float | None = None) -> None:
+    """Faults of the pattern camera that end its process; each happens once, and its successor is well."""
+    done = bench.folder / "happened"
+    with bench.peer(link) as peer, bench.line(peer, *script, f"once={done}") as line:
+        for number, fault in enumerate([word.partition("@")[0] for word in script], 1):
+            with line.fault(f"camera: {fault}", limit_s) as found:
+                line.until(partial(_happened, done, fault), what=fault)
+                found.gone_s = found.began_s = time.monotonic()
+                line.until_restarted("camera", number)
+        line.works()
+
+
+@scenario("ascii+ack")
+def camera_goes(bench: Bench) -> None:
+    """the device closes; its process dies"""
+    _restarts(bench, "ascii+ack", "exit@70", "close@30")
+
+
+@scenario("gate")
+def camera_hangs(bench: Bench) -> None:
+    """a read never returns"""
+    _restarts(bench, "gate", "hang@25", limit_s=HUNG_S)
+
+
+@scenario("modbus slave")
+def camera_freezes(bench: Bench) -> None:
+    """the same picture for ever"""
+    _restarts(bench, "modbus slave", "freeze@35")
+
+
+@scenario("gate")
+def camera_sends_garbage(bench: Bench) -> None:
+    """frames of another kind, damaged frames"""
+    with (
+        bench.peer("gate") as peer,
+        bench.line(peer, "garbage@20", "damage@23", "damage@24", "garbage@28") as line,
+        line.fault("damaged frames", times=4) as fault,
+    ):
+        line.until(lambda: line.status()["parts"].get("UNKNOWN", 0) >= 4, what="four parts that are UNKNOWN")
+        fault.gone_s = fault.began_s
+
+
+@scenario("modbus master")
+def camera_is_slow(bench: Bench) -> None:
+    """a picture that comes later than the deadline of its part"""
+    done = bench.folder / "happened"
+    with (
+        bench.peer("modbus master") as peer,
+        bench.line(peer, "slow@60:0.8", f"once={done}", camera__trigger="software", parts__deadline_ms=400.0) as line,
+    ):
+        peer.trigger_s = 0.2
+        line.works(2)
+        with line.fault("a picture 0.8 s late") as fault:
+            line.until(partial(_happened, done, "slow"), what="a slow picture")
+            fault.gone_s = fault.began_s = time.monotonic()
+            line.until(lambda: line.status()["late"], what="a part that is late")
+        peer.trigger_s = None
+        line.until_said(peer.number)
+
+
+@scenario("ascii")
+def camera_loses_frames(bench: Bench) -> None:
+    """the device leaves frames out: FAULT until cleared"""
+    with bench.peer("ascii") as peer, bench.line(peer, "gap@80:2") as line:
+        with line.fault("two frames left out"):
+            line.until(lambda: peer.state == "FAULT", what="FAULT")
+            line.stay(0.2)
+            peer.clear()
+        bench.expect(line.status()["without frame"] == 2, "the two parts without a frame were not counted")
+
+
+def _stream(bench: Bench, link: str, what: str, break_it: str) -> None:
+    with Stream() as stream, bench.peer(link) as peer, bench.line(peer, camera=stream.url) as line:
+        line.works()
+        with line.fault(what):
+            if break_it == "down":
+                stream.down()
+            else:
+                stream.mode = break_it  # type: ignore[assignment]
+            line.until_state("FAULT")
+            line.stay(1.0)
+            if break_it == "down":
+                stream.up()
+            else:
+                stream.mode = "well"
+        line.works()
+
+
+@scenario("ascii+ack")
+def stream_stops(bench: Bench) -> None:
+    """the network camera is unplugged, and comes back"""
+    _stream(bench, "ascii+ack", "HTTP: connection refused", "down")
+
+
+@scenario("ascii")
+def stream_hangs(bench: Bench) -> None:
+    """the network camera is connected and sends nothing"""
+    _stream(bench, "ascii", "HTTP: nothing comes", "silent")
+
+
+@scenario("modbus slave")
+def stream_sends_garbage(bench: Bench) -> None:
+    """the network camera sends what is no JPEG"""
+    _stream(bench, "modbus slave", "HTTP: not a JPEG", "garbage")
