@@ -26,6 +26,7 @@ LIBRARIES = ("libglib-2.0.so.0", "libgobject-2.0.so.0", "libaravis-0.8.so.0")
 BUFFERS = 8  # frames that may wait while the process is held up
 TAKE_S = 3.0  # how long a camera that another program has is waited for
 SILENT_S = 2.0  # a free-running camera that gives nothing for so long is gone
+LONGEST_GAP = 5000  # frames
 SETTLE_S = 0.2  # some send a frame that nobody triggered when they start; it is waited for
 CLOSE_ENOUGH = 0.01  # cameras round exposure, gain and rate to their own steps
 
@@ -193,7 +194,8 @@ class AravisSource:
         except _RefusedError as error:
             self.close()
             raise CameraError(
-                f"the camera {self._name} does not start ({error}): compare [camera] with `arv-tool-0.8 values`"
+                f"the camera {self._name} does not start ({error}): compare [camera] with what `arv-tool-0.8 values` "
+                "(of aravis-tools-cli) says"
             ) from error
         except CameraError:
             self.close()
@@ -270,6 +272,8 @@ class AravisSource:
     def _set_up(self, settings: CameraSettings) -> None:
         """In this order: the format decides which sizes there are, the size which rates."""
         call, camera = self._call, self._camera
+        with suppress(_RefusedError):  # some refuse to stop when they do not run
+            call("arv_camera_stop_acquisition", camera)  # a program that was killed has left it running
         call("arv_camera_set_acquisition_mode", camera, CONTINUOUS)
         if call("arv_camera_is_feature_available", camera, b"TriggerMode"):
             call("arv_camera_clear_triggers", camera)
@@ -434,6 +438,5 @@ def missed_between(last: int, now: int) -> int:
     step = now - last
     if step < 0 and last <= 0xFFFF:
         step += 0xFFFF
-        if step > 0x7FFF:
-            return 0  # it counts anew
-    return max(step - 1, 0)
+    # more do not get lost before the camera counts as gone: it counts anew
+    return step - 1 if 0 < step <= LONGEST_GAP else 0
