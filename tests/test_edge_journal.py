@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -574,6 +575,23 @@ def test_closing_is_bounded_when_the_journal_hangs(lines, tmp_path):
     line.opened()
     assert line.writer.status.lost_before == 1
     assert runs(tmp_path)[0].end == "closed"
+
+
+def test_what_could_not_be_handed_over_by_the_end_is_counted(lines, tmp_path):
+    line = lines(tmp_path)
+    line.opened()
+    os.kill(line.process.pid, signal.SIGSTOP)
+    for _ in range(1500):
+        line.part()
+    later = threading.Timer(1.0, os.kill, (line.process.pid, signal.SIGCONT))
+    later.start()
+    line.writer.close(1.6)  # half of it for handing over
+    later.join()
+    (run,) = runs(tmp_path)
+    assert run.lost > 500
+    assert rows(tmp_path) + run.lost == line.writer.status.handed == 1501
+    assert run.end == "closed"
+    assert any(f"{run.lost} records" in text for text in texts(tmp_path))
 
 
 def test_the_journal_process_ends_with_its_line(lines, tmp_path):
