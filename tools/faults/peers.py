@@ -21,7 +21,7 @@ from stpm.edge.plc.settings import PlcSettings
 from stpm.tools.cable import PtyCable
 from stpm.tools.faults.evidence import Wire
 from stpm.tools.plc_modbus import MasterPlc, Program, SlavePlc
-from stpm.tools.plc_sim import SILENCE_S, PtyPlc
+from stpm.tools.plc_sim import PtyPlc
 
 BEAT_S = 0.2
 
@@ -66,7 +66,8 @@ class Peer:
 
     @property
     def passing(self) -> bool:
-        return self.state in PASSING
+        """What the present run of the line has said last; a PLC's memory keeps what an earlier one has written."""
+        return len(self.states) > self._from[2] and self.state in PASSING
 
     def passes_since(self, at_s: float) -> list[float]:
         return [when for when, _ in self.passed if when > at_s]
@@ -146,11 +147,13 @@ class AcknowledgingPeer(AsciiPeer):
 
 
 class GatePeer(AsciiPeer):
-    """The line works an accepting gate by the clock; the GATE lines are its output. Silence closes it."""
+    """The line works an accepting gate by the clock; the GATE lines are its output. The PLC closes it by itself a
+    little after the pulse: the line that closes it may be lost on the way."""
 
     link = "gate"
     fps = 8  # far enough apart for the gate's pulse, whatever the machine does
     delay_s = 0.25
+    longest_s = 0.06
     asks: ClassVar[dict[str, Any]] = {
         "gate.mode": "delay",
         "gate.polarity": "accept",
@@ -178,7 +181,7 @@ class GatePeer(AsciiPeer):
         ends = [*self._levels[1:], (time.monotonic(), time.time(), False)]
         for (_, opens, active), (_, closes, _) in zip(self._levels, ends, strict=True):
             if active:
-                wire.openings.append((opens, min(closes, opens + SILENCE_S)))
+                wire.openings.append((opens, min(closes, opens + self.longest_s)))
         return wire
 
 

@@ -1,10 +1,12 @@
 """Engines that raise, hang, answer rubbish, die, or lose their device. After a restart the script begins again."""
 
+from typing import Any
+
 from stpm.tools.faults.bench import Bench
 from stpm.tools.faults.scenarios import scenario
 
 
-def _dies(bench: Bench, link: str, script: str, what: str, times: int = 2, **settings: float) -> None:
+def _dies(bench: Bench, link: str, script: str, what: str, times: int = 2, **settings: Any) -> None:
     """Each time the engine process ends, another takes over."""
     with bench.peer(link) as peer, bench.line(peer, engine__script=script, **settings) as line:
         for number in range(1, times + 1):

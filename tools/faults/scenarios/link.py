@@ -80,6 +80,19 @@ def noise(bench: Bench) -> None:
         bench.expect(line.status()["garbage"] > 0, "the noise was not noticed")
 
 
+@scenario("gate")
+def gate_lines_damaged(bench: Bench) -> None:
+    """every fifth piece of a line is lost, where the line works the gate"""
+    dice = random.Random(bench.seed)
+    with bench.peer("gate") as peer, bench.line(peer) as line:
+        line.works()
+        with line.fault("lost pieces of lines"):
+            peer.cable.garble = lambda data: data if dice.random() > 0.2 else data[: len(data) // 2]
+            line.stay(4.0)
+            peer.cable.garble = None
+        bench.expect(peer.plc.gate.damaged > 0, "no line was damaged")
+
+
 def _wrong_parity(bench: Bench, link: str) -> None:
     """What a receiver that expects another parity makes of bytes: some with another top bit, some lost."""
     dice = random.Random(bench.seed)

@@ -43,6 +43,7 @@ def journal_killed(bench: Bench) -> None:
                 line.until_state("DEGRADED")
             line.until_other("journal", killed)
             line.returns_to_running()
+            line.works(20)  # what waited is written
         line.works(20)
         unknown = line.status()["parts"].get("UNKNOWN", 0)
         bench.expect(unknown == 0, f"{unknown} parts are UNKNOWN because the journal was killed")

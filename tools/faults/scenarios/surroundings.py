@@ -30,11 +30,11 @@ def clock_steps(bench: Bench) -> None:
 def disk_full(bench: Bench) -> None:
     """the journal's disk is full: parts go on, records wait"""
     point = bench.folder / "disk"
-    with small_disk(point, 4) as mounted:
+    with small_disk(point, 24) as mounted:
         if not mounted:
             raise SkippedError("mounting a small file system needs root")
         bench.journal = point / "journal"
-        with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+        with bench.peer("ascii+ack") as peer, bench.line(peer, journal__max_gb=0.004) as line:
             line.works()
             with line.fault("no space left"):
                 filler = fill(point)
