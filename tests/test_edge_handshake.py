@@ -113,6 +113,8 @@ def test_pass_and_fail_are_different_bits_and_codes():
         (0.002, 0.002, 1000),
         (0.002000000001, 0.002, 1001),  # a FAIL is above 1000, however little
         (0.0019999999999, 0.002, 1000),
+        (0.7, 0.7, 1000),  # 700.0 / 0.7 is a little more than 1000
+        (0.9906310562484156, 0.9906310562484155, 1001),  # and here it is 1000
         (99.0, 0.002, 65534),
         (None, 0.002, 65535),
         (float("nan"), 0.002, 65535),
@@ -359,6 +361,18 @@ def test_what_is_on_at_the_first_look_is_no_edge():
     handshake.forget()
     handshake.hear(Control(enable=True, trigger=True), 7, counted=False)
     assert handshake.events() == [Enabled(7, True)]
+
+
+def test_nothing_is_shown_before_the_plc_has_been_heard():
+    """An acknowledgement that is stuck on would be taken for the first result's."""
+    handshake = Handshake(8, 500 * MS, 500 * MS, 0)
+    handshake.post(Part(1, "PASS", 0.1), 0)
+    handshake.shown()
+    handshake.hear(Control(result_ack=True), 1, counted=False)
+    handshake.shown()
+    assert not any(isinstance(event, Acknowledged) for event in handshake.events())
+    handshake.hear(Control(), 2, counted=False)
+    assert Bit.RESULT_VALID in handshake.status(2).bits
 
 
 def test_an_ack_that_rose_while_the_link_was_down_counts():

@@ -280,7 +280,10 @@ def test_an_unplugged_port_comes_back_with_the_newest_state_first(opened, cable,
     heard.one(Connected)
     assert time.monotonic() - back < 1.0
     assert heard.one(Delivered).id == 7
-    wait_until(lambda: plc.gate.passed == [7])
+    beats = plc.gate.beats
+    link.post(Beat(4))
+    wait_until(lambda: plc.gate.beats > beats)
+    assert plc.gate.passed == [7]
     assert plc.gate.states == ["RUNNING", "READY"]
     assert plc.gate.lost == 0
 
@@ -380,6 +383,7 @@ def test_closing_leaves_the_safe_level_and_then_the_last_word(opened, cable, saf
     with PtyPlc(seen.append, device=cable.theirs):
         link = opened(cable.ours, safe)
         link.post(State("READY"))
+        wait_until(lambda: seen)
         link.post(Gate(5, not safe))
         Heard(link).one(Switched)
         assert link.close(State("FAULT", "EngineError"))
@@ -445,31 +449,67 @@ def test_posts_from_many_threads_are_each_answered_once(opened, cable, plc):
     assert answers(events) == dict.fromkeys(range(1, 801), 1)
 
 
+class FakePort:
+    """A port that does what it is told, and takes down when it was opened."""
+
+    def __init__(self, send=lambda message: [], fails=False):
+        self.opened = []
+        self._send, self.fails = send, fails
+
+    def open(self):
+        self.opened.append(time.monotonic())
+        if self.fails and len(self.opened) > 1:
+            raise PlcError("not there")
+        return []
+
+    def send(self, message, now_ns):
+        return self._send(message)
+
+    def wait(self, wake, timeout_s):
+        if self.fails:
+            raise PlcError("gone")
+        select.select([wake], [], [], timeout_s)
+        return []
+
+    def tick(self, now_ns):
+        return []
+
+    def close(self, timeout_s):
+        return False
+
+
 def test_a_bug_in_the_thread_reaches_the_line():
-    class Port:
-        def open(self):
-            return []
+    def send(message):
+        raise ZeroDivisionError("a bug")
 
-        def send(self, message, now_ns):
-            raise ZeroDivisionError("a bug")
-
-        def wait(self, wake, timeout_s):
-            select.select([wake], [], [], timeout_s)
-            return []
-
-        def tick(self, now_ns):
-            return []
-
-        def close(self, timeout_s):
-            return False
-
-    link = LinkThread(Port(), PlcSettings())
+    link = LinkThread(FakePort(send), PlcSettings())
     link.post(Part(1, "PASS", 0.1))
     with pytest.raises(ZeroDivisionError, match="a bug"):  # noqa: PT012 (whenever it comes)
         for _ in range(100):
             select.select([link.fileno()], [], [], 1)
             link.events()
     assert not link.close(State("FAULT"))
+
+
+def test_a_port_that_answers_twice_is_heard_once():
+    link = LinkThread(
+        FakePort(lambda message: [Delivered(1, 0), Delivered(1, 0), Undelivered(1, 0, "")]), PlcSettings()
+    )
+    link.post(Part(1, "PASS", 0.1))
+    heard = Heard(link)
+    heard.one(Delivered)
+    link.close(State("STOPPED"))
+    assert not answers(heard.events + link.events())
+
+
+def test_attempts_to_open_come_less_and_less_often_but_twice_a_second():
+    port = FakePort(fails=True)
+    link = LinkThread(port, PlcSettings())
+    wait_until(lambda: len(port.opened) == 8)
+    link.close(State("STOPPED"))
+    gaps = [after - before for before, after in zip(port.opened, port.opened[1:], strict=False)][:7]
+    for gap, wanted in zip(gaps, (0.05, 0.1, 0.2, 0.4, 0.5, 0.5), strict=False):
+        assert wanted - 0.001 < gap < wanted + 0.15
 
 
 def test_a_line_is_out_long_before_a_millisecond_has_passed(opened, cable, plc):

@@ -20,6 +20,7 @@ from stpm.edge.plc.messages import (
     Triggered,
     Unswitched,
 )
+from stpm.edge.plc.pins import PinsPort
 from stpm.edge.plc.settings import Pins, PlcSettings
 from stpm.tools.cable import PtyCable
 from stpm.tools.plc_modbus import wait_until
@@ -154,6 +155,14 @@ def test_closing_switches_everything_off_before_the_device_is_let_go(device, ope
     assert ("dtr", False) in device.log[last - 4 : last]
 
 
+def test_a_port_that_is_closed_in_a_hurry_switches_off_itself(device):
+    port = PinsPort(PlcSettings(port="/dev/ttyUSB0", protocol="pins"))
+    port.open()
+    port.send(Gate(1, True), 0)
+    port.close(0)
+    assert device.log[-3:-1] in ([("dtr", False), ("rts", False)], [("rts", False), ("dtr", False)])
+
+
 def test_a_rising_input_is_a_trigger_once(device, opened):
     device.dsr = True  # on already: nobody knows since when
     link = opened(trigger="dsr")
@@ -173,6 +182,7 @@ def test_an_unplugged_adapter_is_noticed_by_the_next_beat_and_comes_back_off(dev
     link.post(State("READY"))
     link.post(Gate(1, True))
     heard(link, Switched)
+    wait_until(lambda: device.dtr)
     device.plugged = False
     link.post(Beat(1))
     assert "is gone" in heard(link, Disconnected).sentence
