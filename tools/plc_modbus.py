@@ -198,6 +198,10 @@ class SlavePlc(_Thread):
         super().__init__(settings, program)
         self._started.wait()
 
+    def forget(self) -> None:
+        """Its memory as after it was switched on."""
+        self.coils[:], self.registers[:] = [False] * SIZE, [0] * SIZE
+
     def _live(self) -> None:
         asyncio.run(self._serve())
 

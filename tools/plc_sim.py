@@ -84,7 +84,8 @@ class Gate:
     def _take(self, message: Outgoing) -> None:
         match message:
             case State(state):
-                self.states.append(state)
+                if not self.states or self.states[-1] != state:  # it comes again with every beat
+                    self.states.append(state)
                 if state == "BOOT":
                     self._seen.clear()
             case Beat():

@@ -12,12 +12,14 @@ import serial
 from stpm.edge.plc.handshake import MS, Pending
 from stpm.edge.plc.messages import (
     Acknowledged,
+    Beat,
     Delivered,
     Garbage,
     Gate,
     Incoming,
     Outgoing,
     Part,
+    State,
     Switched,
 )
 from stpm.edge.plc.protocol import SEQUENCE_MODULUS, LineReader, encode
@@ -35,6 +37,7 @@ class AsciiPort:
         self._reader = LineReader()
         self._pending = Pending(round(settings.acknowledge_ms * MS)) if settings.acknowledge else None
         self._sequence = 0
+        self._state: State | None = None
         # the first line, and one after a write that failed, must not be glued to what is already on the wire
         self._separate = True
 
@@ -46,10 +49,14 @@ class AsciiPort:
 
     def send(self, message: Outgoing, now_ns: int) -> list[Incoming]:
         assert self._port is not None
-        line = encode(message, self._sequence)
-        self._sequence = (self._sequence + 1) % SEQUENCE_MODULUS
+        lines = self._line(message)
+        if isinstance(message, State):
+            self._state = message
+        elif isinstance(message, Beat) and self._state is not None and self._state.state != "BOOT":
+            # again: that line may have been lost on the way, or the PLC was switched on later
+            lines += self._line(self._state)
         try:
-            self._port.write(b"\r\n" + line if self._separate else line)
+            self._port.write(b"\r\n" + lines if self._separate else lines)
         except SERIAL_ERRORS as error:
             raise does_not_take(self._settings.port, error) from error
         self._separate = False
@@ -62,6 +69,11 @@ class AsciiPort:
                     return [Delivered(id, at_ns)]
                 self._pending.sent(id, at_ns)
         return []
+
+    def _line(self, message: Outgoing) -> bytes:
+        line = encode(message, self._sequence)
+        self._sequence = (self._sequence + 1) % SEQUENCE_MODULUS
+        return line
 
     def wait(self, wake: int, timeout_s: float) -> list[Incoming]:
         assert self._port is not None

@@ -4,7 +4,8 @@ Every line is `BODY*CCCC\r\n`, ASCII. CCCC is the CRC-16/XMODEM of BODY (polynom
 hexadecimal digits. BODY is one of
 
     ours
-    STATE,<seq>,<state>[,<reason>]          one of messages.STATES; READY,SIMULATED without an engine
+    STATE,<seq>,<state>[,<reason>]          one of messages.STATES; READY,SIMULATED without an engine; comes again
+                                            after every BEAT, but for BOOT
     PART,<seq>,<id>,<verdict>,<score>       PASS, FAIL or UNKNOWN; the score as 1.2345e-03, or NONE
     BEAT,<seq>,<judged>                     the link and the judging loop are alive
     GATE,<seq>,<id>,<0|1>                   the gate output has this level from now on

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = [name for name, each in known.items() if name in (chosen.only or known) and (full or not each.long)]
         if chosen.list:
             for name in names:
-                say(f"{name:<35} {known[name].link:<13} {known[name].about}")
+                say(f"{name:<33} {known[name].link:<13} {known[name].about}")
             return
         bundle = chosen.bundle or drawn(chosen.cache)
         keep = str(chosen.keep) if chosen.keep else ""

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from stpm.edge.engine.fake import DEFECTIVE
-from stpm.edge.plc.messages import PASSING
 from stpm.tools.faults.evidence import Evidence, Row, Run
 from stpm.tools.plc_sim import SILENCE_S
 
@@ -134,16 +133,23 @@ def nothing_left(run: Run) -> Iterator[str]:
 
 def flat(run: Run) -> Iterator[str]:
     """4: open files and memory of the main process, from its first second of work to its last."""
+    files, grown_kb = grown(run)
+    if files > run.more_files:
+        yield f"{files} more files are open at the end than at the beginning, {run.more_files} may be"
+    if grown_kb > GROWTH_KB:
+        yield f"the memory of the main process has grown by {grown_kb >> 10} MB"
+
+
+def grown(run: Run) -> tuple[int, int]:
+    """Files and KB: all of the last second above all of the first one. Nothing for runs that were too short."""
     begun = [sample for sample in run.samples if sample.at_s >= run.ready_s]
     first, last = begun[:10], begun[-10:]
     if len(begun) < 20:
-        return
-    files = min(sample.files for sample in last) - max(sample.files for sample in first)
-    if files > run.more_files:
-        yield f"{files} more files are open at the end than at the beginning, {run.more_files} may be"
-    grown = min(sample.memory_kb for sample in last) - max(sample.memory_kb for sample in first)
-    if grown > GROWTH_KB:
-        yield f"the memory of the main process has grown by {grown >> 10} MB"
+        return 0, 0
+    return (
+        min(sample.files for sample in last) - max(sample.files for sample in first),
+        min(sample.memory_kb for sample in last) - max(sample.memory_kb for sample in first),
+    )
 
 
 def recovery(evidence: Evidence) -> Iterator[str]:
@@ -164,10 +170,6 @@ def wrong_outcomes(run: Run) -> int:
         rejects_are_known,
     ]
     return sum(len(list(check(run))) for check in checks)
-
-
-def passes(state: str) -> bool:
-    return state in PASSING
 
 
 def _few(sentences: Iterator[str], prefix: str) -> list[str]:

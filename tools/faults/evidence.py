@@ -98,6 +98,7 @@ class Result(msgspec.Struct):
     wrong: int
     lost_records: int
     recovery_s: float | None  # the longest
+    grown_kb: int  # memory of the main process, from its first second of work to its end
     took_s: float
     violations: list[str]
     faults: list[Fault]

@@ -90,6 +90,10 @@ class Peer:
     def ask_recipe(self, recipe: int) -> None:
         raise NotImplementedError
 
+    def restart(self) -> None:
+        """It is switched off and on: its memory is empty."""
+        raise NotImplementedError
+
     def begin(self) -> None:
         """Another run of the line: what follows is its own."""
         self._from = len(self.passed), len(self.said), len(self.states)
@@ -120,8 +124,12 @@ class AsciiPeer(Peer):
         match message:
             case Part(id, verdict):
                 self.said.append((now, id, verdict))
-            case State(state):
+            case State(state) if state != self.state:
                 self.states.append(state)
+
+    def restart(self) -> None:
+        self.plc.gate.states.clear()
+        self.states.append("")
 
     def pump(self) -> None:
         super().pump()
@@ -197,7 +205,7 @@ class _Witness(Program):
         control = super().scan(status, now)
         if self.beats != beats:
             self._peer.heard_s = now
-        self._peer.states += self.states[states:]
+        self._peer.states += self.states[states:]  # a restart may have emptied them
         return control
 
     def _take(self, status: Status) -> None:
@@ -227,6 +235,10 @@ class ModbusPeer(Peer):
     def ask_recipe(self, recipe: int) -> None:
         self.program.recipes.append(recipe)
 
+    def restart(self) -> None:
+        self.program.states.clear()
+        self.states.append("")
+
 
 class PollingPeer(ModbusPeer):
     """It polls us: `protocol = "modbus-slave"`."""
@@ -246,6 +258,10 @@ class WrittenPeer(ModbusPeer):
 
     def _plc(self, settings: PlcSettings) -> SlavePlc:
         return SlavePlc(settings, self.program)
+
+    def restart(self) -> None:
+        self.plc.forget()
+        super().restart()
 
 
 PEERS = {each.link: each for each in (AsciiPeer, AcknowledgingPeer, GatePeer, PollingPeer, WrittenPeer)}

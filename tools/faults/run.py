@@ -62,6 +62,7 @@ def result_of(
         sum(checks.wrong_outcomes(run) for run in evidence.runs),
         sum(run.lost for run in evidence.runs),
         max(recoveries, default=None),
+        max((checks.grown(run)[1] for run in evidence.runs), default=0),
         took_s,
         [] if skipped else checks.violations(evidence),
         evidence.faults,

@@ -8,7 +8,7 @@ from stpm.edge.storage import write_json
 from stpm.tools.faults.evidence import Result
 
 HEAD = (
-    f"{'scenario':<35} {'link':<13} {'faults':>6} {'survived':>8} {'parts':>6} {'wrong':>5} {'lost':>5} "
+    f"{'scenario':<33} {'link':<13} {'faults':>6} {'survived':>8} {'parts':>6} {'wrong':>5} {'lost':>5} "
     f"{'recovery s':>10} {'took s':>6}"
 )
 
@@ -22,10 +22,10 @@ class Report(msgspec.Struct):
 
 def row(result: Result) -> str:
     if result.skipped:
-        return f"{result.scenario:<35} {result.link:<13} skipped: {result.skipped}"
+        return f"{result.scenario:<33} {result.link:<13} skipped: {result.skipped}"
     recovery = "-" if result.recovery_s is None else f"{result.recovery_s:.2f}"
     return (
-        f"{result.scenario:<35} {result.link:<13} {result.injected:>6} {result.survived:>8} {result.parts:>6} "
+        f"{result.scenario:<33} {result.link:<13} {result.injected:>6} {result.survived:>8} {result.parts:>6} "
         f"{result.wrong:>5} {result.lost_records:>5} {recovery:>10} {result.took_s:>6.1f}"
     )
 
@@ -43,6 +43,7 @@ def total(results: list[Result]) -> str:
             sum(result.wrong for result in done),
             sum(result.lost_records for result in done),
             longest,
+            max((result.grown_kb for result in done), default=0),
             sum(result.took_s for result in done),
             [],
             [],

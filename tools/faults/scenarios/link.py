@@ -1,6 +1,7 @@
 """Cables that are pulled, lines that arrive damaged, PLCs that are silent, refuse, or count wrongly."""
 
 import random
+import signal
 from collections.abc import Callable
 from functools import partial
 
@@ -166,6 +167,47 @@ def plc_silent_for_a_minute_as_master(bench: Bench) -> None:
 def plc_silent_for_a_minute_as_slave(bench: Bench) -> None:
     """a real minute"""
     _silent(bench, "modbus slave", 60.0)
+
+
+def _restarted(bench: Bench, link: str) -> None:
+    with bench.peer(link) as peer, bench.line(peer) as line:
+        line.works()
+        with line.fault("the PLC was switched off and on"):
+            peer.restart()
+        line.works()
+
+
+@scenario("ascii+ack")
+def plc_restarts(bench: Bench) -> None:
+    """switched off and on, it has forgotten the state"""
+    _restarted(bench, "ascii+ack")
+
+
+@scenario("modbus master")
+def plc_restarts_as_master(bench: Bench) -> None:
+    """the same, where we have written it all long ago"""
+    _restarted(bench, "modbus master")
+
+
+@scenario("ascii+ack")
+def state_line_lost(bench: Bench) -> None:
+    """the line that says RUNNING after a FAULT is damaged"""
+    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+        line.works()
+        lost: list[bytes] = []
+
+        def garbled(data: bytes) -> bytes:
+            if b"STATE" in data and b"FAULT" not in data and not lost:
+                lost.append(data)
+                return data.replace(b"STATE", b"STATF")
+            return data
+
+        with line.fault("a STATE line is damaged"):
+            line.signal("engine", signal.SIGKILL)
+            line.until(lambda: peer.state == "FAULT", what="FAULT")
+            peer.cable.garble = garbled
+            line.until(lambda: lost, what="a line with another state")
+        line.works()
 
 
 @scenario("modbus master")

@@ -1,5 +1,6 @@
 """SIGKILL and SIGSTOP of every process of the line."""
 
+import random
 import signal
 import time
 
@@ -93,6 +94,25 @@ def line_killed_as_master(bench: Bench) -> None:
 def line_killed_as_slave(bench: Bench) -> None:
     """the same, where the PLC gets no answer any more"""
     _line_killed(bench, "modbus slave")
+
+
+@scenario("ascii+ack", long=True)
+def line_killed_often(bench: Bench) -> None:
+    """SIGKILL of stpm-run at ten random moments: no count is lost"""
+    dice = random.Random(bench.seed)
+    with bench.peer("ascii+ack") as peer:
+        for _ in range(10):
+            with bench.line(peer) as line:
+                line.stay(dice.uniform(0, 1.5))
+                began = time.monotonic()
+                line.kill()
+        with bench.line(peer) as line:
+            line.recovered("ten times SIGKILL of the line", began)
+    with Journal(bench.journal) as journal:
+        runs = journal.runs()
+    ends = [run.end for run in runs]
+    bench.expect(ends == ["killed"] * 10 + ["closed"], f"the journal says that the runs ended {ends}")
+    bench.expect(not any(run.pending for run in runs[:-1]), "records of killed runs are neither lost nor written")
 
 
 @scenario("ascii+ack")

@@ -11,7 +11,7 @@ from stpm.tools.faults.scenarios import scenario
 
 PARTS, PARTS_SHORT = 10_000, 500
 FPS = 60
-CALM_S = (0.5, 3.0)  # between two faults
+CALM_S = (0.2, 1.5)  # between two faults
 
 
 @scenario("ascii+ack")
