@@ -2,13 +2,17 @@
 belong to the number, and whatever a camera does wrong is said or makes the process stand still."""
 
 import os
+import signal
+import socket
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import cv2
 import numpy as np
 import pytest
 
+from stpm.edge.camera import open_source
 from stpm.edge.camera.host import CameraHost
 from stpm.edge.camera.messages import (
     CameraEnded,
@@ -82,6 +86,45 @@ class Camera:
         while self.worker.alive and time.monotonic() < deadline:
             time.sleep(0.005)
         return not self.worker.alive
+
+
+class NumberedStream:
+    """A network camera: the pattern as motion JPEG over HTTP. It knows when it began to send each frame."""
+
+    def __init__(self, fps):
+        self.sent_ns = {}  # by the number in the picture
+        self._period_s = 1 / fps
+        self._stop = threading.Event()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/"
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
+        self._socket.close()
+        self._thread.join()
+
+    def _run(self):
+        source = open_source(CameraSettings(source=f"pattern:width=160,height=120,fps={1 / self._period_s}"))
+        with suppress(OSError):  # the reader or the test has gone
+            connection, _ = self._socket.accept()
+            with connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # otherwise frames leave 40 ms later
+                connection.recv(4096)
+                kind = b"multipart/x-mixed-replace; boundary=frame"
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Type: " + kind + b"\r\n\r\n")
+                while not self._stop.is_set():
+                    image = source.read(1).image
+                    data = cv2.imencode(".jpg", image)[1].tobytes()
+                    self.sent_ns[number_in(image)] = time.monotonic_ns()
+                    head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+                    connection.sendall(head.encode() + data + b"\r\n")
 
 
 @pytest.fixture
@@ -191,6 +234,25 @@ def test_a_trigger_gets_the_first_frame_that_came_after_it(start):
         last = number_in(image)
 
 
+def test_a_trigger_never_gets_a_picture_that_a_network_camera_had_sent_before(start, capfd):
+    with NumberedStream(fps=100) as stream:
+        camera = start(stream.url, trigger="software")
+        camera.opened()
+        waited_s = []
+        for trigger in range(1, 41):
+            time.sleep(0.0137)  # at another moment of the frame each time
+            if trigger % 2:  # the computer is busy, and frames pile up
+                os.kill(camera.worker.process.pid, signal.SIGSTOP)
+                time.sleep(0.06)
+            asked_ns = camera.ask(trigger)
+            os.kill(camera.worker.process.pid, signal.SIGCONT)
+            ((frame, image),) = camera.frames(1)
+            assert frame.trigger == trigger
+            assert stream.sent_ns[number_in(image)] > asked_ns
+            waited_s.append((frame.captured_ns - asked_ns) / 1e9)
+        assert np.median(waited_s) < 0.05
+
+
 def test_two_triggers_at_once_get_two_frames_in_their_order(start):
     camera = start("pattern:fps=50", trigger="software")
     camera.opened()
@@ -247,6 +309,7 @@ def test_what_is_no_picture_has_a_problem_and_the_next_one_is_good(start):
     assert [bool(frame.problem) for frame, _ in found] == [False, True, False, True, False, False, False]
     assert "uint16" in found[1][0].problem
     assert "damaged" in found[3][0].problem
+    assert [frame.number for frame, _ in found] == [1, 2, 3, 4, 5, 6, 7]
     assert [frame.missed for frame, _ in found] == [0, 0, 0, 0, 0, 3, 0]
     assert number_in(found[6][1]) == 7
 

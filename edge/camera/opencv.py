@@ -4,6 +4,7 @@ What is odd about them: the driver queues frames, so a reader that pauses gets o
 camera process is killed then); settings may be ignored without an error, so each is read back.
 """
 
+import resource
 import time
 from typing import cast
 
@@ -17,6 +18,8 @@ from stpm.edge.preprocess import Image
 OPEN_TIMEOUT_MS = 4000
 # of what the watchdog allows, so that a stream that falls silent ends in a sentence and not in a kill
 READ_SHARE = 0.75
+# a frame that is grabbed in less time was not waited for, and neither was one for which the thread never slept
+QUEUED_NS = 1_000_000
 # V4L2's numbers for who chooses the exposure
 MANUAL_EXPOSURE = 1
 
@@ -35,7 +38,7 @@ class OpenCvSource:
             )
         self._settings = self._apply(settings)
         self.description = f"{self._name} through OpenCV ({self._capture.getBackendName()})"
-        self._arrived_ns = time.monotonic_ns()
+        self._began_ns = 0  # the first frames may be from before it was opened
 
     def settings(self) -> dict[str, tuple[str, str]]:
         return self._settings
@@ -44,12 +47,13 @@ class OpenCvSource:
         """Frames come by themselves; the process chooses the first one after the trigger."""
 
     def read(self, timeout_s: float) -> Captured | None:
-        # a frame may have come into the driver's queue while the last one was being decoded and copied, but not before
-        # the last one was grabbed: what was triggered since then may be younger than it
-        began_ns = self._arrived_ns
+        before_ns, slept = time.monotonic_ns(), _times_slept()
         try:
             good = self._capture.grab()
-            self._arrived_ns = time.monotonic_ns()
+            captured_ns = time.monotonic_ns()
+            if captured_ns - before_ns > QUEUED_NS and _times_slept() > slept:
+                self._began_ns = before_ns
+            # else it lay in a queue, where it may have come any time since that was last seen empty
             good, image = self._capture.retrieve() if good else (False, None)
         except cv2.error as error:
             raise CameraError(
@@ -57,7 +61,7 @@ class OpenCvSource:
             ) from error
         if not good or image is None:
             raise CameraError(f"the camera {self._name} has stopped delivering frames: check cable and power")
-        return Captured(began_ns, self._arrived_ns, "", cast(Image, image))
+        return Captured(self._began_ns, captured_ns, "", cast(Image, image))
 
     def close(self) -> None:
         self._capture.release()
@@ -87,6 +91,11 @@ class OpenCvSource:
         return report
 
 
+def _times_slept() -> int:
+    """How often this thread has waited for something; that it had to yield its core to others does not count."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
 def _open(source: str, read_timeout_ms: int) -> cv2.VideoCapture:
     if source.isdigit():
         return cv2.VideoCapture(int(source))
@@ -94,4 +103,6 @@ def _open(source: str, read_timeout_ms: int) -> cv2.VideoCapture:
         return cv2.VideoCapture(source)
     # without these a server that accepts and says nothing holds the read for half a minute
     limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, read_timeout_ms]
+    # several threads decode several frames at a time, and each comes that much later
+    limits += [cv2.CAP_PROP_N_THREADS, 1]
     return cv2.VideoCapture(source, cv2.CAP_FFMPEG, limits)

@@ -29,6 +29,7 @@ READ_S = 0.1  # how long the loop may wait for a frame
 IDLE_S = 0.05  # or for a trigger
 ROOM_S = 0.002  # or for a slot
 ANSWER_S = 1.0  # a camera that does not answer a trigger for so long is broken
+LONGEST_QUEUE = 50  # frames that may lie in a driver or network before the one that a trigger waits for
 FROZEN_S = 2.0  # and one that shows the same picture for so long
 SAMPLE_ROWS = 16  # every so many are compared first
 
@@ -56,6 +57,7 @@ class Capture:
         self._frozen = Frozen(settings.frozen_after if source.live else 0)
         self._wanted: deque[TakePicture] = deque()  # pictures, oldest first
         self._asked_ns: int | None = None  # when the device was triggered for the oldest one
+        self._passed_over = 0  # frames that were older than the trigger that waits
         self._number = 0
 
     def run(self) -> None:
@@ -87,8 +89,15 @@ class Capture:
         if not self._on_demand:
             self._announce(captured, problem, None)
         elif self._wanted and (self._source.triggered or captured.began_ns >= self._wanted[0].at_ns):
-            self._asked_ns = None
+            self._asked_ns, self._passed_over = None, 0
             self._announce(captured, problem, self._wanted.popleft().trigger)
+        elif self._wanted:
+            self._passed_over += 1
+            if self._passed_over > LONGEST_QUEUE:
+                raise CameraError(
+                    f"{self._source.description} gives frames from before the trigger only: this computer does not "
+                    "keep up with it, so lower camera.fps or the size"
+                )
 
     def _announce(self, captured: Captured, problem: str, trigger: int | None) -> None:
         self._number += 1
