@@ -1,5 +1,6 @@
 """Durations of the stages of a part, and their percentiles."""
 
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ class Latency:
 
     def __init__(self, keep: int = 100_000) -> None:
         self._keep = keep
-        self._ns: dict[str, list[int]] = defaultdict(list)
+        self._ns: dict[str, array[int]] = defaultdict(lambda: array("q"))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -48,7 +49,7 @@ class Latency:
         return {name: _percentiles(samples[-self._keep :]) for name, samples in self._ns.items()}
 
 
-def _percentiles(nanoseconds: list[int]) -> Percentiles:
+def _percentiles(nanoseconds: "array[int]") -> Percentiles:
     milliseconds = np.asarray(nanoseconds) / 1e6
     p50, p90, p99 = (float(value) for value in np.percentile(milliseconds, [50, 90, 99]))
     return Percentiles(len(nanoseconds), p50, p90, p99, float(milliseconds.max()))

@@ -8,6 +8,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from stpm.edge.camera.host import CameraHost
 from stpm.edge.config import Station
@@ -271,22 +272,24 @@ class Loop:
     # --- shut-down
 
     def _shut_down(self, last: plc.State) -> None:
-        """The safe state first, whatever else fails; then let go of everything."""
-        self._notify.say("STOPPING=1")
-        try:
-            if not self._link.close(last):
-                # the PLC hears no heartbeat from now on, and rejects
-                self._report(f"the last state {last.state} could not be sent")
-            for event in self._link.events():
-                if not isinstance(event, plc.RecipeAsked):
-                    self.line.link_event(event, time.monotonic_ns())
-        finally:
-            self.line.health.phase = "STOPPED"
-            self.record.event("state", last.state + (f" ({last.reason})" if last.reason else ""))
-            self._camera.end()
-            self._recipes.end()
-            self.line.close()
-            self.record.close()
+        """The safe state first, then let go of everything; what fails on the way does not keep the rest from it."""
+        with ExitStack() as rest:
+            rest.callback(self._ring.close)
             if self._control is not None:
-                self._control.close()
-            self._ring.close()
+                rest.callback(self._control.close)
+            rest.callback(self.record.close)
+            rest.callback(self.line.close)
+            rest.callback(self._recipes.end)
+            rest.callback(self._camera.end)
+            rest.callback(self.record.event, "state", last.state + (f" ({last.reason})" if last.reason else ""))
+            rest.callback(self._close_link, last)
+            self.line.health.phase = "STOPPED"
+            self._notify.say("STOPPING=1")
+
+    def _close_link(self, last: plc.State) -> None:
+        if not self._link.close(last):
+            # the PLC hears no heartbeat from now on, and rejects
+            self._report(f"the last state {last.state} could not be sent")
+        for event in self._link.events():
+            if not isinstance(event, plc.RecipeAsked):
+                self.line.link_event(event, time.monotonic_ns())
