@@ -18,10 +18,10 @@ import pytest
 from stpm.edge.journal.client import STUCK_NS, JournalWriter
 from stpm.edge.journal.database import Database
 from stpm.edge.journal.handed import Handed, HandedCount, count_file, ended_runs, read_count
-from stpm.edge.journal.messages import FromJournal, JournalSettings, PartRecord, utc_now
-from stpm.edge.journal.pictures import Pictures, picture_path
+from stpm.edge.journal.messages import Event, FromJournal, JournalSettings, PartRecord, Run, utc_now
+from stpm.edge.journal.pictures import Pictures, copy_out, picture_path
 from stpm.edge.journal.query import Filter, Journal
-from stpm.edge.journal.records import KEPT
+from stpm.edge.journal.records import KEPT, Records
 from stpm.edge.ring import Ring
 from stpm.edge.worker import Worker
 
@@ -293,7 +293,31 @@ def test_a_record_that_does_not_fit_its_slot_costs_its_picture_only(lines, tmp_p
     assert (runs(tmp_path)[0].records, runs(tmp_path)[0].lost_pictures) == (3, 2)
 
 
-def test_the_oldest_pictures_go_when_there_are_too_many_bytes(lines, tmp_path):
+@pytest.mark.parametrize("map_shape", [None, SHAPE[:2]])
+def test_what_a_picture_needs_is_copied_out_of_the_ring(map_shape):
+    ring = Ring(1)
+    part = PartRecord(1, utc_now(), 1, "", "FAIL", 1.0, 1.0, 1.0, "", "", None, 0, "", 0, SHAPE, map_shape)
+    drawing = copy_out(ring, part, 0)
+    ring.image(0, SHAPE)[:] = 7
+    ring.map(0, SHAPE[:2])[:] = 7
+    assert not drawing.image.any()
+    assert drawing.map is None or not drawing.map.any()
+    ring.close()
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    pictures = Pictures(tmp_path, 1e9)
+    pictures.measure(lambda: None)
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        pictures.write(picture_path(utc_now(), 1, utc_now(), "FAIL"), b"png")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_oldest_pictures_go_when_there_are_too_many_bytes(tmp_path):
     size = 10_000
     pictures = Pictures(tmp_path, 10 * size)
     old = tmp_path / "pictures" / "20200101"
@@ -599,8 +623,8 @@ def test_the_journal_process_ends_with_its_line(lines, tmp_path):
     line.opened()
     line.part("FAIL", frame=True)
     before = time.monotonic()
-    line.writer.close()
-    assert time.monotonic() - before < 2
+    line.writer.close(10)
+    assert time.monotonic() - before < 5
     assert line.process.returncode == 0
     line.part("FAIL", frame=True)
     assert line.poll() == []
@@ -770,9 +794,19 @@ def test_two_lines_do_not_write_one_journal(lines, tmp_path):
     assert [(run.records, run.lost, run.end) for run in runs(tmp_path)] == [(2, 0, "closed")] * 2
 
 
-def test_a_commit_that_is_written_twice_is_counted_once(tmp_path):
-    from stpm.edge.journal.messages import Event, Run
+def test_a_process_that_is_started_again_begins_where_the_database_stands(tmp_path):
+    run = Run(1, utc_now(), "", "", {})
+    database = Database(tmp_path)
+    database.write(database.begin(run).id, [Event(2, utc_now(), "state", "x")], [], 5, 3)
+    database.close()
+    records = Records(tmp_path, 0.2, 30)
+    records.run = run
+    assert records.open(0.0) is not None
+    assert (records.through, records.lost, records.lost_pictures) == (5, 3, 3)
+    records.finish(1.0, 3)
 
+
+def test_a_commit_that_is_written_twice_is_counted_once(tmp_path):
     database = Database(tmp_path)
     row = database.begin(Run(1, utc_now(), "", "", {}))
     events = [Event(number, utc_now(), "state", "x") for number in (2, 3)]

@@ -206,6 +206,9 @@ class Records:
         if self.flush(now, lost_pictures) and self._write(now, lost_pictures, last, end):
             path.unlink(missing_ok=True)
         self._close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
 
 def _settle_earlier(database: Database, folder: Path, run: int, run_at: str) -> int:
