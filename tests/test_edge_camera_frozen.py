@@ -67,10 +67,16 @@ def test_nothing_is_frozen_where_it_is_switched_off():
 class Unplugged:
     """A camera that gives frames on demand, and that nobody asks."""
 
-    description, live, triggered, finished = "a camera", True, True, False
+    description, live, triggered = "a camera", True, True
 
     def __init__(self):
-        self.looked = 0
+        self.rounds = self.looked = 0
+
+    @property
+    def finished(self):
+        self.rounds += 1
+        assert self.rounds < 20, "nobody asks it"
+        return False
 
     def read(self, timeout_s):
         assert timeout_s == 0

@@ -27,7 +27,6 @@ BUFFERS = 8  # frames that may wait while the process is held up
 TAKE_S = 3.0  # how long a camera that another program has is waited for
 SILENT_S = 2.0  # a free-running camera that gives nothing for so long is gone
 LONGEST_GAP = 5000  # frames
-SETTLE_S = 0.2  # some send a frame that nobody triggered when they start; it is waited for
 CLOSE_ENOUGH = 0.01  # cameras round exposure, gain and rate to their own steps
 
 # GigE Vision's register for the milliseconds after which a program without heartbeat loses the camera. Aravis beats
@@ -206,7 +205,9 @@ class AravisSource:
 
     def trigger(self) -> None:
         self._check()
-        self._drain(0)  # what lies there was exposed before
+        while (early := self._pop(0)) is not None:  # exposed before this trigger
+            self._missed(early)
+            self._push(early)
         try:
             self._call("arv_camera_software_trigger", self._camera)
         except _RefusedError as error:
@@ -214,14 +215,14 @@ class AravisSource:
 
     def read(self, timeout_s: float) -> Captured | None:
         began_ns = time.monotonic_ns()
-        buffer = self._call("arv_stream_timeout_pop_buffer", self._stream, round(timeout_s * 1e6))
+        buffer = self._pop(timeout_s)
         if buffer is None:
             self._check()
             return None
         try:
             return self._captured(buffer, began_ns)
         finally:
-            self._call("arv_stream_push_buffer", self._stream, buffer)
+            self._push(buffer)
 
     def close(self) -> None:
         camera, stream = self._camera, self._stream
@@ -346,16 +347,17 @@ class AravisSource:
             pairs = (b"socket-buffer", SOCKET_BUFFER_FIXED, b"socket-buffer-size", SOCKET_BUFFER_BYTES)
             call("g_object_set", self._stream, *pairs, None)
         for _ in range(BUFFERS):
-            call("arv_stream_push_buffer", self._stream, call("arv_buffer_new", payload, None))
+            self._push(call("arv_buffer_new", payload, None))
         call("arv_camera_start_acquisition", camera)
         # Not before the first packet does Aravis give its socket the memory, so the first frame is sacrificed; that it
         # comes shows that the camera, and its trigger, work.
         if self.triggered:
             call("arv_camera_software_trigger", camera)
-        if not self._drain(SILENT_S, at_most=1):
-            raise self._lost(f"has delivered no first frame within {SILENT_S:g} s: check cable and power")
-        if self.triggered:
-            self._drain(SETTLE_S)
+        first = self._pop(self._silent_ns / 1e9)
+        if first is None:
+            raise self._lost(f"has delivered no first frame within {self._silent_ns / 1e9:g} s: check cable and power")
+        self._missed(first)
+        self._push(first)
         self._heard_ns = time.monotonic_ns()
 
     # --- running
@@ -372,22 +374,25 @@ class AravisSource:
         self._gone = True
         return CameraError(f"the camera {self._name} {what}")
 
-    def _drain(self, timeout_s: float, at_most: int = 1000) -> int:
-        """Give back what is there, until nothing comes for `timeout_s` seconds; how many frames that were."""
-        for count in range(at_most):
-            buffer = self._call("arv_stream_timeout_pop_buffer", self._stream, round(timeout_s * 1e6))
-            if buffer is None:
-                return count
-            self._missed(self._call("arv_buffer_get_frame_id", buffer))
-            self._call("arv_stream_push_buffer", self._stream, buffer)
-        return at_most
+    def _pop(self, timeout_s: float) -> int | None:
+        buffer: int | None = self._call("arv_stream_timeout_pop_buffer", self._stream, round(timeout_s * 1e6))
+        return buffer
+
+    def _push(self, buffer: int) -> None:
+        """Let the camera fill it, for the first time or again."""
+        self._call("arv_stream_push_buffer", self._stream, buffer)
+
+    def _missed(self, buffer: int) -> int:
+        """How many frames got lost before this one; to be asked for each that comes."""
+        last, self._last_id = self._last_id, self._call("arv_buffer_get_frame_id", buffer)
+        return 0 if last is None else missed_between(last, self._last_id)
 
     def _captured(self, buffer: int, began_ns: int) -> Captured:
         self._heard_ns = time.monotonic_ns()
         age_ns = time.time_ns() - self._call("arv_buffer_get_system_timestamp", buffer)
         # a wall clock that has just been set says nothing
         captured_ns = self._heard_ns - age_ns if 0 <= age_ns < 1_000_000_000 else self._heard_ns
-        missed = self._missed(self._call("arv_buffer_get_frame_id", buffer))
+        missed = self._missed(buffer)
         status = self._call("arv_buffer_get_status", buffer)
         problem = self._take(buffer) if status == 0 else f"the frame came damaged: {STATUS.get(status, status)}"
         image = None if problem else self._images[0]
@@ -415,10 +420,6 @@ class AravisSource:
         self._images.rotate()
         self._images[0] = to_bgr(data[:, : width * channels].reshape(height, width, channels), code, self._images[0])
         return ""
-
-    def _missed(self, frame_id: int) -> int:
-        last, self._last_id = self._last_id, frame_id
-        return 0 if last is None else missed_between(last, frame_id)
 
 
 def to_bgr(pixels: Image, code: int | None, into: Image) -> Image:
