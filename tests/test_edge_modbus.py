@@ -422,6 +422,7 @@ def test_remote_io_gets_single_coils_and_gives_a_trigger(opened, cable):
         assert block.coils[:2] == [True, True]
         link.post(Beat(1))
         wait_until(lambda: block.coils[2])
+        wait_until(lambda: block.reads >= 2)  # on at the first look would be no edge
         block.inputs[4] = True
         heard.one(Triggered)
         block.inputs[4] = False
