@@ -24,7 +24,7 @@ from stpm.tools.faults.peers import PEERS, GatePeer, Peer
 
 MARK = "STPM_FAULTS"  # in the environment of every process of a run, and of nobody else
 READY_S, RECOVERY_S, STOP_S = 60.0, 20.0, 20.0
-SAMPLE_S = 0.1
+SAMPLE_S, LOOK_S = 0.1, 0.5
 SETTLED_S = 1.0  # of work, before memory and files are looked at
 CHILDREN = {name: f"stpm.edge.{name}.process" for name in ("camera", "engine", "journal")}
 
@@ -107,6 +107,8 @@ class Line:
         self._mapped: set[str] = set()  # files in /dev/shm
         self._next_sample_s = 0.0
         self._judged = 0  # what it last said of itself
+        self._next_look_s = 0.0
+        self.attended = False  # an operator looks at what is latched, and clears it
         self.killed = self.ended = False
         self.more_files = 0
         self.ready_s = 0.0
@@ -156,6 +158,10 @@ class Line:
         if now >= self._next_sample_s:
             self._next_sample_s = now + SAMPLE_S
             self._sample(now)
+        if self.attended and now >= self._next_look_s:
+            self._next_look_s = now + LOOK_S
+            if self.status()["conditions"]:
+                self.tell("clear")
         time.sleep(0.005)
 
     def works(self, parts: int = 5) -> None:
@@ -165,15 +171,9 @@ class Line:
 
     def returns_to_running(self) -> None:
         """An operator clears what is latched."""
-
-        def well() -> bool:
-            if self.status()["state"] in ("READY", "RUNNING"):
-                return True
-            self.tell("clear")
-            self.stay(0.1)
-            return False
-
-        self.until(well, what="RUNNING")
+        self.attended = True
+        self.until_state("READY", "RUNNING")
+        self.attended = False
 
     def until_state(self, *states: str) -> None:
         self.until(lambda: self.status()["state"] in states, what=" or ".join(states))

@@ -8,7 +8,7 @@ from stpm.edge.engine.fake import DEFECTIVE
 from stpm.tools.faults.evidence import Evidence, Row, Run
 from stpm.tools.plc_sim import SILENCE_S
 
-GROWTH_KB = 8 << 10  # of the main process from its first second of work on: counters, samples of latencies, a backlog
+GROWTH_KB = 4 << 10  # of the main process from its first second of work on: counters, samples of latencies, a backlog
 IN_HAND = 16  # parts whose fate may be open when the line is killed: plc.queue, and those on the wire
 LATENCY_SLACK_MS = 5.0  # a verdict may be given in the same turn of the loop in which its time is over
 SHOWN = 3  # violations of one kind

@@ -28,21 +28,14 @@ def soak(bench: Bench) -> None:
         bench.peer("ascii+ack") as peer,
         bench.line(peer, *faults, engine__script=script, engine__hang_ms=1000.0, plc__peer_timeout_s=2.0) as line,
     ):
+        line.attended = True
         breaks = _breaks(line, peer, dice)
         while line.judged < wanted:
             line.stay(dice.uniform(*CALM_S))
-            _look(line)
             name = dice.choice(sorted(breaks))
             with line.fault(name):
                 breaks[name]()
-                _look(line)
-        _look(line)
         bench.notes.append(f"restarts: {line.status()['restarts']}")
-
-
-def _look(line: Line) -> None:
-    """What an operator does: look at what is latched, once it is there, and clear it."""
-    line.until(lambda: not line.status()["conditions"] or line.tell("clear").ok, what="an answer")
 
 
 def _breaks(line: Line, peer: AcknowledgingPeer, dice: random.Random) -> dict[str, Callable[[], None]]:
