@@ -130,6 +130,19 @@ def test_an_id_that_was_seen_before_is_rejected_until_the_next_boot():
     assert gate.lost == 0
 
 
+def test_verdicts_need_not_come_in_the_order_of_their_parts():
+    """A part that was refused at once is known before those that still wait for the engine."""
+    gate = Gate()
+    gate.feed(lines(State("READY"), Part(9, "UNKNOWN", None), Part(1, "PASS", 0.1), Part(2, "PASS", 0.1)), 0)
+    assert gate.passed == [1, 2]
+
+
+def test_the_state_counts_once_though_it_comes_with_every_beat():
+    gate = Gate()
+    gate.feed(lines(State("READY"), Beat(0), State("READY"), Beat(0), State("FAULT"), Beat(0), State("FAULT")), 0)
+    assert gate.states == ["READY", "FAULT"]
+
+
 def test_empty_lines_mean_nothing():
     gate = Gate()
     gate.feed(b"\r\n" + lines(State("READY"), Beat(0)), 0)

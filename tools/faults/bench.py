@@ -34,10 +34,12 @@ class NotInTimeError(Exception):
 
 
 class Bench:
-    """One scenario: its folder, its bundle, and the evidence it leaves. `scale` stretches the long waits."""
+    """One scenario: its link, its bundle, its folder, and the evidence it leaves. `slack`: how many times longer than
+    its limit a recovery may take."""
 
-    def __init__(self, bundle: Path, folder: Path, seed: int, full: bool, slack: float) -> None:
-        self.bundle, self.folder, self.seed, self.full, self.slack = bundle, folder, seed, full, slack
+    def __init__(self, link: str, bundle: Path, folder: Path, seed: int = 0, full: bool = False, slack: float = 1):
+        self.link, self.bundle, self.folder = link, bundle, folder
+        self.seed, self.full, self.slack = seed, full, slack
         self.journal = folder / "journal"
         self.evidence = Evidence()
         self.notes: list[str] = []
@@ -50,8 +52,9 @@ class Bench:
             self.evidence.broken.append(sentence)
 
     @contextmanager
-    def peer(self, link: str) -> Iterator[Any]:
-        with PEERS[link]() as peer:
+    def peer(self) -> Iterator[Any]:
+        """The PLC that goes with the link."""
+        with PEERS[self.link]() as peer:
             yield peer
 
     @contextmanager

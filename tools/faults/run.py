@@ -37,7 +37,7 @@ def run(order: Order) -> Result:
 
 
 def _run(chosen: Scenario, order: Order, folder: Path) -> Result:
-    bench = Bench(Path(order.bundle).resolve(), folder, order.seed, order.full, order.slack)
+    bench = Bench(chosen.link, Path(order.bundle).resolve(), folder, order.seed, order.full, order.slack)
     began, skipped = time.monotonic(), ""
     try:
         chosen.work(bench)

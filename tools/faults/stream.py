@@ -17,7 +17,7 @@ FPS = 25
 PICTURES = 250  # that are repeated: far more than it takes to look frozen
 BOUNDARY = b"frame"
 
-Mode = Literal["well", "silent", "garbage"]
+Mode = Literal["well", "gone", "silent", "garbage"]
 
 
 class Stream:
@@ -29,20 +29,27 @@ class Stream:
             assert captured is not None
             assert captured.image is not None
             self._pictures.append(cv2.imencode(".jpg", captured.image)[1].tobytes())
-        self.mode: Mode = "well"
+        self._mode: Mode = "gone"
         self._noise = np.random.default_rng(0)
         self._leaving = threading.Event()
         self._connections: set[socket.socket] = set()
         self._server: _Server | None = None
         self._port = 0
-        self.up()
+        self.turn("well")
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}/video"
 
-    def up(self) -> None:
-        """Plugged in."""
+    def turn(self, mode: Mode) -> None:
+        """From now on it is like this."""
+        if mode == "gone":
+            self._down()
+        elif self._mode == "gone":
+            self._up()
+        self._mode = mode
+
+    def _up(self) -> None:
         self._leaving.clear()
         self._server = _Server(("127.0.0.1", self._port), _Handler)
         self._server.stream = self
@@ -50,8 +57,8 @@ class Stream:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="stream")
         self._thread.start()
 
-    def down(self) -> None:
-        """Unplugged: connections end, new ones are refused."""
+    def _down(self) -> None:
+        """Connections end, new ones are refused."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -67,7 +74,7 @@ class Stream:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.down()
+        self.turn("gone")
 
     def send(self, connection: socket.socket) -> None:
         """Until the reader or the camera is gone."""
@@ -76,11 +83,11 @@ class Stream:
         try:
             while not self._leaving.wait(max(0.0, due_s - time.monotonic())):
                 due_s += 1 / FPS
-                if self.mode == "silent":
+                if self._mode == "silent":
                     continue
                 picture = self._pictures[number % PICTURES]
                 number += 1
-                if self.mode == "garbage":
+                if self._mode == "garbage":
                     picture = self._noise.bytes(len(picture))
                 head = b"--%s\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % (BOUNDARY, len(picture))
                 connection.sendall(head + picture + b"\r\n")

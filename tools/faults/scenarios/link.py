@@ -15,8 +15,8 @@ def _above(limit: int, value: Callable[[], int]) -> bool:
     return value() > limit
 
 
-def _unplugged(bench: Bench, link: str) -> None:
-    with bench.peer(link) as peer, bench.line(peer) as line:
+def _unplugged(bench: Bench) -> None:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         for seconds in (0.3, 1.2):
             with line.fault(f"unplugged for {seconds:g} s", SERIAL_S):
@@ -30,31 +30,31 @@ def _unplugged(bench: Bench, link: str) -> None:
 @scenario("ascii+ack")
 def serial_unplugged(bench: Bench) -> None:
     """the serial device vanishes, and comes back"""
-    _unplugged(bench, "ascii+ack")
+    _unplugged(bench)
 
 
 @scenario("modbus master")
 def serial_unplugged_as_master(bench: Bench) -> None:
     """the same, where we write into the PLC"""
-    _unplugged(bench, "modbus master")
+    _unplugged(bench)
 
 
 @scenario("modbus slave")
 def serial_unplugged_as_slave(bench: Bench) -> None:
     """the same, where the PLC polls us"""
-    _unplugged(bench, "modbus slave")
+    _unplugged(bench)
 
 
 @scenario("gate")
 def serial_unplugged_at_the_gate(bench: Bench) -> None:
     """the same, where the line works the gate"""
-    _unplugged(bench, "gate")
+    _unplugged(bench)
 
 
 @scenario("ascii+ack")
 def half_lines(bench: Bench) -> None:
     """lines of which only the first half arrives"""
-    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         for _ in range(5):
             with line.fault("half a line"):
@@ -71,7 +71,7 @@ def half_lines(bench: Bench) -> None:
 def noise(bench: Bench) -> None:
     """bytes that nobody has sent, in both directions"""
     dice = random.Random(bench.seed)
-    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         for _ in range(20):
             with line.fault("noise"):
@@ -85,7 +85,7 @@ def noise(bench: Bench) -> None:
 def gate_lines_damaged(bench: Bench) -> None:
     """every fifth piece of a line is lost, where the line works the gate"""
     dice = random.Random(bench.seed)
-    with bench.peer("gate") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         with line.fault("lost pieces of lines"):
             peer.cable.garble = lambda data: data if dice.random() > 0.2 else data[: len(data) // 2]
@@ -94,14 +94,14 @@ def gate_lines_damaged(bench: Bench) -> None:
         bench.expect(peer.plc.gate.damaged > 0, "no line was damaged")
 
 
-def _wrong_parity(bench: Bench, link: str) -> None:
+def _wrong_parity(bench: Bench) -> None:
     """What a receiver that expects another parity makes of bytes: some with another top bit, some lost."""
     dice = random.Random(bench.seed)
 
     def garbled(data: bytes) -> bytes:
         return bytes(byte ^ 0x80 if dice.random() < 0.5 else byte for byte in data if dice.random() > 0.05)
 
-    with bench.peer(link) as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         with line.fault("wrong parity"):
             peer.cable.garble = garbled
@@ -113,17 +113,17 @@ def _wrong_parity(bench: Bench, link: str) -> None:
 @scenario("ascii+ack")
 def wrong_parity(bench: Bench) -> None:
     """both ends set to another parity, for a while"""
-    _wrong_parity(bench, "ascii+ack")
+    _wrong_parity(bench)
 
 
 @scenario("modbus slave")
 def wrong_parity_as_slave(bench: Bench) -> None:
     """the same, where the PLC polls us"""
-    _wrong_parity(bench, "modbus slave")
+    _wrong_parity(bench)
 
 
-def _silent(bench: Bench, link: str, seconds: float) -> None:
-    with bench.peer(link) as peer, bench.line(peer, plc__peer_timeout_s=1.0) as line:
+def _silent(bench: Bench, seconds: float) -> None:
+    with bench.peer() as peer, bench.line(peer, plc__peer_timeout_s=1.0) as line:
         line.works()
         with line.fault(f"the PLC is silent for {seconds:g} s"):
             peer.cable.cut()
@@ -136,41 +136,41 @@ def _silent(bench: Bench, link: str, seconds: float) -> None:
 @scenario("ascii+ack")
 def plc_silent(bench: Bench) -> None:
     """the cable is cut: nothing is heard"""
-    _silent(bench, "ascii+ack", 2.0)
+    _silent(bench, 2.0)
 
 
 @scenario("modbus master")
 def plc_silent_as_master(bench: Bench) -> None:
     """the PLC answers nothing"""
-    _silent(bench, "modbus master", 2.0)
+    _silent(bench, 2.0)
 
 
 @scenario("modbus slave")
 def plc_silent_as_slave(bench: Bench) -> None:
     """the PLC does not poll"""
-    _silent(bench, "modbus slave", 2.0)
+    _silent(bench, 2.0)
 
 
 @scenario("ascii+ack", long=True)
 def plc_silent_for_a_minute(bench: Bench) -> None:
     """a real minute"""
-    _silent(bench, "ascii+ack", 60.0)
+    _silent(bench, 60.0)
 
 
 @scenario("modbus master", long=True)
 def plc_silent_for_a_minute_as_master(bench: Bench) -> None:
     """a real minute"""
-    _silent(bench, "modbus master", 60.0)
+    _silent(bench, 60.0)
 
 
 @scenario("modbus slave", long=True)
 def plc_silent_for_a_minute_as_slave(bench: Bench) -> None:
     """a real minute"""
-    _silent(bench, "modbus slave", 60.0)
+    _silent(bench, 60.0)
 
 
-def _restarted(bench: Bench, link: str) -> None:
-    with bench.peer(link) as peer, bench.line(peer) as line:
+def _restarted(bench: Bench) -> None:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         with line.fault("the PLC was switched off and on"):
             peer.restart()
@@ -180,19 +180,19 @@ def _restarted(bench: Bench, link: str) -> None:
 @scenario("ascii+ack")
 def plc_restarts(bench: Bench) -> None:
     """switched off and on, it has forgotten the state"""
-    _restarted(bench, "ascii+ack")
+    _restarted(bench)
 
 
 @scenario("modbus master")
 def plc_restarts_as_master(bench: Bench) -> None:
     """the same, where we have written it all long ago"""
-    _restarted(bench, "modbus master")
+    _restarted(bench)
 
 
 @scenario("ascii+ack")
 def state_line_lost(bench: Bench) -> None:
     """the line that says RUNNING after a FAULT is damaged"""
-    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         lost: list[bytes] = []
 
@@ -215,7 +215,7 @@ def plc_refuses(bench: Bench) -> None:
     """the PLC answers every write with an exception"""
     from pymodbus.constants import ExcCodes
 
-    with bench.peer("modbus master") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         for code in (ExcCodes.DEVICE_BUSY, ExcCodes.DEVICE_FAILURE):
             enough = line.status()["undelivered"] + 3
@@ -229,7 +229,7 @@ def plc_refuses(bench: Bench) -> None:
 @scenario("ascii+ack")
 def acknowledgements_missing(bench: Bench) -> None:
     """the PLC reads and does not acknowledge"""
-    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         with line.fault("no ACK"):
             peer.plc.acknowledge = False
@@ -241,7 +241,7 @@ def acknowledgements_missing(bench: Bench) -> None:
 @scenario("ascii+ack")
 def triggers_lost(bench: Bench) -> None:
     """a gap in the triggers' numbers: rejects, and FAULT until cleared"""
-    with bench.peer("ascii+ack") as peer, bench.line(peer, camera__trigger="software") as line:
+    with bench.peer() as peer, bench.line(peer, camera__trigger="software") as line:
         peer.trigger_s = 0.08
         line.works(3)
         with line.fault("two triggers lost", times=2):
@@ -259,7 +259,7 @@ def triggers_lost(bench: Bench) -> None:
 @scenario("modbus slave")
 def triggers_come_twice(bench: Bench) -> None:
     """a trigger with the number of the one before is no part"""
-    with bench.peer("modbus slave") as peer, bench.line(peer, camera__trigger="software") as line:
+    with bench.peer() as peer, bench.line(peer, camera__trigger="software") as line:
         peer.trigger_s = 0.15
         line.works(2)
         for times in range(1, 4):

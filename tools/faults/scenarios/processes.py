@@ -10,8 +10,9 @@ from stpm.tools.faults.scenarios import scenario
 from stpm.tools.plc_sim import SILENCE_S
 
 
-def _killed(bench: Bench, link: str, role: str) -> None:
-    with bench.peer(link) as peer, bench.line(peer) as line:
+def _killed(bench: Bench, role: str, trigger: str = "free") -> None:
+    with bench.peer() as peer, bench.line(peer, camera__trigger=trigger) as line:
+        peer.trigger_s = 0.15 if trigger == "software" else None
         line.works()
         for number in (1, 2):
             with line.fault(f"SIGKILL of the {role}") as fault:
@@ -24,19 +25,25 @@ def _killed(bench: Bench, link: str, role: str) -> None:
 @scenario("ascii+ack")
 def camera_killed(bench: Bench) -> None:
     """SIGKILL of the camera process"""
-    _killed(bench, "ascii+ack", "camera")
+    _killed(bench, "camera")
+
+
+@scenario("modbus slave")
+def camera_killed_with_triggers(bench: Bench) -> None:
+    """the same, where the PLC triggers: each of its parts is judged"""
+    _killed(bench, "camera", "software")
 
 
 @scenario("gate")
 def engine_killed(bench: Bench) -> None:
     """SIGKILL of the engine process"""
-    _killed(bench, "gate", "engine")
+    _killed(bench, "engine")
 
 
 @scenario("ascii+ack")
 def journal_killed(bench: Bench) -> None:
     """SIGKILL of the journal process: no part waits for it"""
-    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works(20)
         for _ in range(2):
             with line.fault("SIGKILL of the journal"):
@@ -50,9 +57,9 @@ def journal_killed(bench: Bench) -> None:
         bench.expect(unknown == 0, f"{unknown} parts are UNKNOWN because the journal was killed")
 
 
-def _line_killed(bench: Bench, link: str) -> None:
+def _line_killed(bench: Bench) -> None:
     """The PLC hears silence and lets nothing pass; the next start declares what the journal has lost."""
-    with bench.peer(link) as peer:
+    with bench.peer() as peer:
         with bench.line(peer) as line:
             line.works(20)
             began = time.monotonic()
@@ -75,32 +82,32 @@ def _line_killed(bench: Bench, link: str) -> None:
 @scenario("ascii+ack")
 def line_killed(bench: Bench) -> None:
     """SIGKILL of stpm-run itself, and another start"""
-    _line_killed(bench, "ascii+ack")
+    _line_killed(bench)
 
 
 @scenario("gate")
 def line_killed_at_the_gate(bench: Bench) -> None:
     """the same, where the line works the gate"""
-    _line_killed(bench, "gate")
+    _line_killed(bench)
 
 
 @scenario("modbus master")
 def line_killed_as_master(bench: Bench) -> None:
     """the same, where the PLC's memory keeps what was written last"""
-    _line_killed(bench, "modbus master")
+    _line_killed(bench)
 
 
 @scenario("modbus slave")
 def line_killed_as_slave(bench: Bench) -> None:
     """the same, where the PLC gets no answer any more"""
-    _line_killed(bench, "modbus slave")
+    _line_killed(bench)
 
 
 @scenario("ascii+ack", long=True)
 def line_killed_often(bench: Bench) -> None:
     """SIGKILL of stpm-run at ten random moments: no count is lost"""
     dice = random.Random(bench.seed)
-    with bench.peer("ascii+ack") as peer:
+    with bench.peer() as peer:
         for _ in range(10):
             with bench.line(peer) as line:
                 line.stay(dice.uniform(0, 1.5))
@@ -118,7 +125,7 @@ def line_killed_often(bench: Bench) -> None:
 @scenario("ascii+ack")
 def camera_stopped(bench: Bench) -> None:
     """SIGSTOP of the camera process: shortly, then for good"""
-    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         with line.fault("SIGSTOP of the camera, 0.5 s"):
             line.signal("camera", signal.SIGSTOP)
@@ -135,7 +142,7 @@ def camera_stopped(bench: Bench) -> None:
 @scenario("modbus slave")
 def engine_stopped(bench: Bench) -> None:
     """SIGSTOP of the engine process: shortly, then for good"""
-    with bench.peer("modbus slave") as peer, bench.line(peer, engine__hang_ms=1000.0) as line:
+    with bench.peer() as peer, bench.line(peer, engine__hang_ms=1000.0) as line:
         line.works()
         with line.fault("SIGSTOP of the engine, 0.7 s"):
             line.signal("engine", signal.SIGSTOP)
@@ -152,7 +159,7 @@ def engine_stopped(bench: Bench) -> None:
 @scenario("ascii+ack")
 def journal_stopped(bench: Bench) -> None:
     """SIGSTOP of the journal process for 2 s: nobody waits"""
-    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         with line.fault("SIGSTOP of the journal, 2 s"):
             line.signal("journal", signal.SIGSTOP)
@@ -167,7 +174,7 @@ def journal_stopped(bench: Bench) -> None:
 @scenario("ascii+ack", long=True)
 def journal_stopped_for_good(bench: Bench) -> None:
     """SIGSTOP of the journal process until it is killed, after 20 s"""
-    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         with line.fault("SIGSTOP of the journal for good"):
             stopped = line.signal("journal", signal.SIGSTOP)
@@ -179,7 +186,7 @@ def journal_stopped_for_good(bench: Bench) -> None:
 @scenario("ascii+ack")
 def line_stopped(bench: Bench) -> None:
     """SIGSTOP of stpm-run itself: no verdict comes too late"""
-    with bench.peer("ascii+ack") as peer, bench.line(peer) as line:
+    with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         with line.fault("SIGSTOP of the line, 2 s"):
             line.signal("line", signal.SIGSTOP)

@@ -29,7 +29,7 @@ def _rename(target: Path, category: str) -> None:
 def recipes_switched(bench: Bench) -> None:
     """by the PLC and by stpm-ctl in turn, under load"""
     recipes = {"1": str(bench.bundle), "2": str(_another(bench.bundle, bench.folder / "two", "another part"))}
-    with bench.peer("ascii+ack") as peer, bench.line(peer, recipes=recipes) as line:
+    with bench.peer() as peer, bench.line(peer, recipes=recipes) as line:
         line.works()
         for recipe in (2, 1, 2, 1):
             with line.fault(f"recipe {recipe}"):
@@ -52,7 +52,7 @@ def recipes_switched(bench: Bench) -> None:
 def bundle_replaced(bench: Bench) -> None:
     """on disk, under load: reload, rollback, a damaged one"""
     bundle = _another(bench.bundle, bench.folder / "bundle", "before")
-    with bench.peer("modbus slave") as peer, bench.line(peer, recipes={"1": str(bundle)}) as line:
+    with bench.peer() as peer, bench.line(peer, recipes={"1": str(bundle)}) as line:
         line.more_files = 2  # the earlier bundle stays loaded
         line.works()
         _rename(bundle, "after")

@@ -25,7 +25,7 @@ def soak(bench: Bench) -> None:
     script = f"pattern*{dice.randint(80, 200)},nan,pattern*{dice.randint(80, 200)},raise"
     wanted = PARTS if bench.full else PARTS_SHORT
     with (
-        bench.peer("ascii+ack") as peer,
+        bench.peer() as peer,
         bench.line(peer, *faults, engine__script=script, engine__hang_ms=1000.0, plc__peer_timeout_s=2.0) as line,
     ):
         line.attended = True

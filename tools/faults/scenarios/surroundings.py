@@ -14,7 +14,7 @@ def clock_steps(bench: Bench) -> None:
         raise SkippedError("there is no C compiler for the clock that can be set")
     clock = Clock(bench.folder)
     bench.environment = clock.environment
-    with bench.peer("modbus master") as peer, bench.line(peer, plc__peer_timeout_s=2.0) as line:
+    with bench.peer() as peer, bench.line(peer, plc__peer_timeout_s=2.0) as line:
         line.works()
         for hours in (1, -2, 24, 0):
             with line.fault(f"the clock is set to {hours:+} h"):
@@ -34,7 +34,7 @@ def disk_full(bench: Bench) -> None:
         if not mounted:
             raise SkippedError("mounting a small file system needs root")
         bench.journal = point / "journal"
-        with bench.peer("ascii+ack") as peer, bench.line(peer, journal__max_gb=0.004) as line:
+        with bench.peer() as peer, bench.line(peer, journal__max_gb=0.004) as line:
             line.works()
             with line.fault("no space left"):
                 filler = fill(point)
