@@ -24,7 +24,7 @@ from stpm.edge.preprocess import Image
 
 LIBRARIES = ("libglib-2.0.so.0", "libgobject-2.0.so.0", "libaravis-0.8.so.0")
 BUFFERS = 8  # frames that may wait while the process is held up
-TAKE_S = 3.0  # how long a camera that another program has is waited for
+TAKE_S = 5.0  # how long a camera that another program has is waited for
 SILENT_S = 2.0  # a free-running camera that gives nothing for so long is gone
 LONGEST_GAP = 5000  # frames
 CLOSE_ENOUGH = 0.01  # cameras round exposure, gain and rate to their own steps
