@@ -32,7 +32,7 @@ class StationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PartSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[parts]"""
 
-    deadline_ms: Positive = 500.0  # from trigger or capture to verdict; later is UNKNOWN
+    deadline_ms: Positive = 500.0  # from trigger, or from capture in free run, to verdict; later is UNKNOWN
     queue: AtLeastOne = 8  # frames that may wait for the engine
     alarm_after: Count = 10  # consecutive rejects; 0: no alarm
     limit: AtLeastOne | None = None  # stop after so many

@@ -34,8 +34,9 @@ class Edge:
 @dataclass
 class Window:
     part: int
-    position: float | None  # encoder count at which it is due
-    due_ns: int | None  # None: the encoder cannot say yet
+    captured_ns: int
+    delay: float  # ms, or encoder counts
+    due_ns: int | None = None  # None: the encoder cannot say yet
     ends_ns: int | None = None  # set when it has begun
     passes: bool = False
 
@@ -103,15 +104,11 @@ class Gate:
         """A part was in front of the camera at that time; said again when the time is known better."""
         window = next((window for window in self._windows if window.part == part), None)
         if window is None:
-            window = Window(part, None, None)
+            window = Window(part, captured_ns, self.delay)
             self._windows.append(window)
-        if window.ends_ns is not None:
-            return
-        if self.encoder is None:
-            window.due_ns = captured_ns + round(self.delay * MS)
-        else:
-            at = self.encoder.count_at(captured_ns)
-            window.position = None if at is None else at + self.delay
+        if window.ends_ns is None:
+            window.captured_ns = captured_ns
+            self._estimate(window)
 
     def decide(self, part: int, passes: bool) -> None:
         """The verdict; without effect on a part that has already been in front of the gate."""
@@ -141,7 +138,10 @@ class Gate:
 
     def edges(self, now_ns: int) -> list[Edge]:
         """What must be switched by now: none or one."""
-        self._estimate()
+        if self.encoder is not None:
+            for window in self._windows:
+                if window.ends_ns is None:
+                    self._estimate(window)
         last: tuple[int, int] | None = None  # (when, part) of the newest change
         for window in self._windows:
             if window.ends_ns is None and window.due_ns is not None and window.due_ns <= now_ns:
@@ -175,10 +175,11 @@ class Gate:
     def _rejects(self, now_ns: int) -> bool:
         return any(window.ends_ns and window.ends_ns > now_ns and not window.passes for window in self._windows)
 
-    def _estimate(self) -> None:
-        """The due times move with the speed of the encoder."""
+    def _estimate(self, window: Window) -> None:
+        """When the part is due: with an encoder that moves with the speed, and where the part was captured is known
+        better with the first count after that."""
         if self.encoder is None:
-            return
-        for window in self._windows:
-            if window.ends_ns is None and window.position is not None:
-                window.due_ns = self.encoder.time_of(window.position)
+            window.due_ns = window.captured_ns + round(window.delay * MS)
+        else:
+            at = self.encoder.count_at(window.captured_ns)
+            window.due_ns = None if at is None else self.encoder.time_of(at + window.delay)

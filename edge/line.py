@@ -151,7 +151,7 @@ class Line:
         else:
             part.found = answer
             self.latency.add("inspection", answer.ended_ns - answer.began_ns)
-            if now_ns - part.captured_ns > self._deadline_ns:
+            if now_ns - part.began_ns > self._deadline_ns:
                 self._late(part, now_ns)
             self._judge(part, judge(answer.score, part.known.threshold), now_ns)
         self._give_back(part)
@@ -198,10 +198,7 @@ class Line:
                     self.latency.add("gate jitter", abs(at_ns - edge.due_ns))
             case plc.Unswitched(id, active, _, reason):
                 self._edges.pop((id, active), None)
-                self.counts.gates["not switched"] += 1
-                self.journal.event(
-                    "alarm", f"the gate was not switched {'on' if active else 'off'} for {id}: {reason}"
-                )
+                self._not_switched(active, reason)
             case plc.Triggered(at_ns, number):
                 self.triggered(at_ns, number, now_ns)
             case plc.Counted(at_ns, count):
@@ -224,7 +221,7 @@ class Line:
     def tick(self, now_ns: int) -> None:
         """Everything that is due by now."""
         for part in [*self._asked.values(), *self._queue, *self._awaiting.values()]:
-            if part.verdict is None and now_ns - part.captured_ns > self._deadline_ns:
+            if part.verdict is None and now_ns - part.began_ns > self._deadline_ns:
                 self._late(part, now_ns)
         self._work(now_ns)
         self._listen(now_ns)
@@ -239,7 +236,7 @@ class Line:
     def due_ns(self) -> int:
         """When `tick` has something to do next, as far as it is known now."""
         waiting = [*self._awaiting.values(), *self._queue, *self._asked.values()]
-        times = [part.captured_ns + self._deadline_ns + 1 for part in waiting if part.verdict is None]
+        times = [part.began_ns + self._deadline_ns + 1 for part in waiting if part.verdict is None]
         gate = self.gate.due_ns() if self.gate.used else None
         return min([self._next_beat_ns, *times, *([gate] if gate is not None else [])])
 
@@ -399,7 +396,7 @@ class Line:
                 part.found.box if part.found else None,
                 part.found.area if part.found else 0,
                 part.recipe,
-                part.captured_ns + self._expire_ns,
+                part.began_ns + self._expire_ns,
             )
         )
         self.gate.decide(part.key, verdict.verdict == "PASS")
@@ -486,6 +483,14 @@ class Line:
         for edge in self.gate.edges(now_ns):
             self._edges[edge.part, edge.active] = edge
             self.link.post(plc.Gate(edge.part, edge.active))
+
+    def _not_switched(self, active: bool, reason: str) -> None:
+        self.counts.gates["not switched"] += 1
+        sentence = f"the gate was not switched {'on' if active else 'off'}: {reason}"
+        self.journal.event("alarm", sentence)
+        # the other edge only costs a good part
+        if active == (self.station.gate.polarity == "reject"):
+            self.health.fault("gate", f"{sentence}; a part may have passed", PlcError.exit_code, latched=True)
 
     def _at_gate(self, key: int, outcome: str) -> None:
         part = self._at_the_gate.pop(key)

@@ -172,8 +172,24 @@ def test_with_an_encoder_the_pulse_comes_at_its_count_whatever_the_speed(speed):
 
     (first, last) = on(bench.run(600, at=at))[0]
     wanted = int(np.searchsorted(position, position[22] + 100))
-    assert abs(first - wanted) <= 7  # read every 5 ms
+    assert abs(first - wanted) <= 5  # read every 5 ms
     assert last - first == 20
+
+
+def test_a_belt_that_stops_just_before_the_capture_is_known_with_the_next_count():
+    """At the capture the last count was 10 ms old and the belt seemed to run; it had stopped."""
+    bench = Bench(mode="encoder", polarity="reject", counts=50, pulse_ms=20, encoder_timeout_ms=500)
+    bench.gate.hold(False)
+    counts = {0: 0, 10: 10, 30: 10, 100: 10, 110: 20, 120: 30, 130: 40, 140: 50, 150: 60, 160: 70}
+
+    def at(ms):
+        if ms in counts:
+            bench.gate.encoder.add(ms * MS, counts[ms])
+        if ms == 20:
+            bench.gate.plan(1, 20 * MS)
+
+    # at count 10 + 50, which is at 150 ms, and not at 20 + 50
+    assert on(bench.run(200, at=at)) == [(150, 170)]
 
 
 def test_parts_are_abandoned_when_the_encoder_is_lost():

@@ -374,6 +374,18 @@ def test_a_trigger_without_a_frame_is_a_reject_at_its_deadline():
     assert bench.settled().without_frame == 1
 
 
+def test_the_deadline_runs_from_the_trigger_and_a_late_frame_does_not_prolong_it():
+    bench = triggered(parts__deadline_ms=100)
+    bench.trigger()
+    bench.tick(90)
+    bench.frame(trigger=bench.taken[0])
+    bench.tick(11)
+    assert bench.link.verdicts == [(1, "UNKNOWN")]
+    bench.answer(0.1)
+    assert bench.link.of(plc.Part)[0].expires_ns == 1000 * MS
+    bench.settled()
+
+
 def test_a_frame_after_its_deadline_is_dropped_and_not_taken_for_another_part():
     bench = triggered(parts__deadline_ms=100)
     bench.trigger()
@@ -614,6 +626,18 @@ def test_the_line_is_not_finished_while_a_part_is_before_the_gate():
     assert bench.line.finished
 
 
+@pytest.mark.parametrize(("polarity", "dangerous"), [("reject", True), ("accept", False)])
+def test_an_edge_that_was_not_switched_is_a_fault_where_a_part_may_have_passed(polarity, dangerous):
+    bench = gated(gate__polarity=polarity)
+    bench.line.link_event(plc.Unswitched(1, not dangerous, bench.now, "the cable is cut"), bench.now)
+    bench.tick()
+    assert bench.line.health.state == "READY"
+    bench.line.link_event(plc.Unswitched(1, dangerous, bench.now, "the cable is cut"), bench.now)
+    bench.tick()
+    assert bench.line.health.state == "FAULT"
+    assert bench.line.counts.gates == {"not switched": 2}
+
+
 def test_a_lost_encoder_rejects_and_is_a_fault_until_it_is_heard():
     bench = Bench(
         camera__policy="every",
@@ -673,7 +697,7 @@ def test_the_books_balance_whatever_happens(seed, mode):
             case 5 | 6 | 7 if 1 in bench.engines.asked:
                 score = float(random.choice([0.1, 0.9]))
                 part = bench.engines.asked[1].part
-                late = bench.now - bench.line._asked[part].captured_ns > 30 * MS
+                late = bench.now - bench.line._asked[part].began_ns > 30 * MS
                 if score < THRESHOLD and not late and bench.line._asked[part].verdict is None:
                     good.add(bench.line._asked[part].id)
                 bench.answer(score)
