@@ -346,7 +346,7 @@ class Line:
                 self._ask(part, now_ns)
             else:  # too late while it waited
                 self._give_back(part)
-        if self._newest is not None and not self._queue and self.engines.free(self.engines.active):
+        if self._newest is not None and self.engines.free(self.engines.active):
             frame, arrived_ns = self._newest
             self._newest = None
             part = self._new_part(frame.captured_ns)

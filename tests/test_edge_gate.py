@@ -125,6 +125,16 @@ def test_a_part_is_due_from_its_frame_when_that_comes_after_its_trigger():
     assert on(bench.run(200)) == [(107, 127)]
 
 
+def test_a_pulse_that_is_over_does_not_reject_the_next_part_though_nobody_looked_in_between():
+    bench = Bench(mode="delay", polarity="accept", delay_ms=0, pulse_ms=10)
+    bench.gate.hold(False)
+    bench.gate.plan(1, 10 * MS)
+    bench.gate.plan(2, 25 * MS)
+    bench.gate.decide(2, True)
+    assert [edge.active for edge in bench.gate.edges(26 * MS)] == [True]
+    assert bench.decisions == {1: "rejected", 2: "passed"}
+
+
 def test_due_is_the_next_change():
     gate = Gate(GateSettings(mode="delay", delay_ms=100, pulse_ms=20))
     gate.hold(False)
@@ -147,6 +157,14 @@ def test_the_encoder_interpolates_extrapolates_and_wraps():
     assert encoder.time_of(start + 600) == 600 * MS
     assert not encoder.lost(600 * MS)
     assert encoder.lost(601 * MS)
+
+
+def test_two_counts_of_one_moment_are_one():
+    encoder = Encoder(200 * MS)
+    for ns, count in ((0, 0), (MS, 10), (MS, 11), (2 * MS, 20)):
+        encoder.add(ns, count)
+    assert encoder.count_at(MS) == 10
+    assert encoder.time_of(30) == 3 * MS
 
 
 def test_an_encoder_that_stands_says_never_and_one_that_runs_back_a_little_does_not_jump():

@@ -2,6 +2,7 @@
 
 from collections import deque
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -22,10 +23,11 @@ class Engines:
     def __init__(self):
         self.active = 1
         self.there = {1, 2}
+        self.bundles = {}
         self.asked = {}
 
     def known(self, recipe):
-        return KNOWN
+        return self.bundles.get(recipe, KNOWN)
 
     def bundle(self, recipe):
         return KNOWN.sha256
@@ -308,6 +310,27 @@ def test_a_camera_that_begins_again_counts_from_one():
     assert bench.settled().captured == 2
 
 
+def test_frames_before_ready_are_no_parts_and_are_counted_with_those_that_were_not_announced():
+    bench = Bench(camera__policy="every")
+    bench.line.health.phase = "SELF_TEST"
+    bench.frame(lost=2)
+    bench.line.health.phase = "READY"
+    bench.frame()
+    bench.answer()
+    assert bench.link.verdicts == [(1, "PASS")]
+    assert bench.settled().dropped == {"before READY": 3}
+
+
+def test_the_next_thing_that_is_due_is_a_deadline_a_beat_or_the_gate():
+    bench = gated(gate__polarity="reject", parts__deadline_ms=80, plc__heartbeat_s=0.3)
+    assert bench.line.due_ns() == 300 * MS
+    bench.ms = 10
+    bench.frame()
+    assert bench.line.due_ns() == 90 * MS + 1
+    bench.answer(0.9)
+    assert bench.line.due_ns() == 110 * MS
+
+
 def test_the_limit_ends_the_run_after_exactly_so_many_parts():
     bench = Bench(camera__policy="every", parts__limit=2)
     for _ in range(4):
@@ -485,6 +508,17 @@ def test_a_part_is_judged_by_the_recipe_of_its_time():
     bench.settled()
 
 
+def test_a_part_that_waited_while_its_bundle_was_replaced_is_judged_by_the_threshold_of_its_engine():
+    bench = Bench(camera__policy="every")
+    bench.frame()
+    bench.frame()
+    bench.engines.bundles[1] = msgspec.structs.replace(KNOWN, threshold=0.05, sha256="b" * 64)
+    bench.answer(0.1)
+    bench.answer(0.1)
+    assert bench.link.verdicts == [(1, "PASS"), (2, "FAIL")]
+    assert [part.threshold for part in bench.link.of(plc.Part)] == [THRESHOLD, 0.05]
+
+
 # --- link
 
 
@@ -603,6 +637,17 @@ def test_only_a_pass_opens_the_gate():
     levels = level_over(bench, 200)
     assert (levels.index(True), sum(levels)) == (49, 20)
     assert bench.journal.outcomes == {1: ("delivered", "passed", True), 2: ("delivered", "rejected", True)}
+
+
+def test_a_triggered_part_is_before_the_gate_from_its_capture_on():
+    bench = Bench(
+        camera__trigger="software", plc__port="x", gate__mode="delay", gate__delay_ms=100, gate__polarity="accept"
+    )
+    bench.trigger()
+    bench.tick(8)
+    bench.frame(trigger=bench.taken[0], age_ms=1)
+    bench.answer(0.1)
+    assert level_over(bench, 150).index(True) == 107 - 8 - 1
 
 
 def test_a_fault_rejects_all_that_is_on_its_way():
