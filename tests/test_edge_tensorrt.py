@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from cuda_on_cpu.driver import LogicError, Machine, OutOfMemoryError
 from cuda_on_cpu.pretend import pretended
-from test_edge_loop import Script, Wire
 
 from stpm.edge.bundle import Bundle
 from stpm.edge.engine import open_engine
 from stpm.edge.engine.cuda_graph import driver
+from stpm.edge.engine.messages import EngineReady, EngineSettings, Inspect
+from stpm.edge.engine.process import main as engine_process
 from stpm.edge.engine.tensorrt import TensorRtEngine
 from stpm.edge.errors import DeviceError, EngineError, FrameError, PlanError
-from stpm.edge.loop import Line
-from stpm.edge.plc.protocol import Part, State
 from stpm.edge.preprocess import Preprocess
+from stpm.edge.ring import Ring
 from stpm.edge.score import bounding_box
 from stpm.edge.selftest import self_test
 
@@ -431,21 +431,40 @@ def test_a_full_gpu_says_how_full(gpu, bundle):
         open_engine(bundle)
 
 
-def test_a_device_lost_mid_run_rejects_the_part_and_ends_in_fault(gpu, bundle):
-    frame = bundle.golden().frames[0]
+class Line:
+    """What an engine process hears of the line, one question at a time, and what it says."""
+
+    def __init__(self, *questions):
+        self.questions, self.said = list(questions), []
+
+    def receive(self, timeout):
+        question = self.questions.pop(0)
+        return [question() if callable(question) else question]
+
+    def send(self, message):
+        self.said.append(message)
+        return True
+
+
+def test_a_device_lost_mid_run_ends_its_engine_process(gpu, bundle):
+    """The line rejects the part that the process had, and starts another process (tests/test_edge_run.py, faults)."""
+    frame, ring = bundle.golden().frames[0], Ring(1)
+    ring.image(0, frame.shape)[:] = frame
+    inspect = Inspect(1, 0, frame.shape, bundle.manifest.threshold.value, True)
 
     def lost():
         gpu.lost = True
-        return (frame,)
+        return inspect
 
-    camera, wire = Script((frame,), (frame,), lost, (frame,)), Wire()
-    with open_engine(bundle) as engine:
-        line = Line(bundle, engine, camera, wire, report=lambda text: None)
-        with pytest.raises(DeviceError, match=r"does not recover.*launch failure"):
-            line.run(threading.Event())
-    assert [verdict for _, verdict in wire.parts] == ["PASS", "PASS", "UNKNOWN"]
-    assert wire.messages[-1] == State("FAULT", "DeviceError")
-    assert isinstance(wire.messages[-2], Part)
+    line = Line(inspect, inspect, lost, inspect)
+    engine_process(EngineSettings(str(bundle.path), "tensorrt"), line, ring)
+    ready, *answers, failed = line.said
+    assert isinstance(ready, EngineReady)
+    assert [answer.score for answer in answers] == [answers[0].score] * 2
+    assert (ring.map(0, answers[0].map_shape) > 0).any()
+    assert failed.kind == "DeviceError"
+    assert "launch failure" in failed.sentence
+    ring.close()
 
 
 def test_sentences_name_what_to_do(gpu, bundle):
