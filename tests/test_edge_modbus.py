@@ -1,6 +1,7 @@
 """Modbus RTU as master and as slave, against pymodbus' own server and client on pseudo-terminals."""
 
 import contextlib
+import gc
 import random
 import select
 import time
@@ -541,6 +542,22 @@ def test_an_encoder_counts_only_when_both_words_come_together(master):
     client.write_registers(5, [0x0001, 0x0002], device_id=5)
     wait_until(lambda: heard.take() or heard.counts)
     assert [event.count for event in heard.counts] == [0x0002_0001]
+
+
+def test_a_device_that_vanishes_between_request_and_answer_leaves_no_task(opened, cable, caplog):
+    """At 1200 baud the silence before an answer is long."""
+    opened("modbus-slave", baud=1200)
+    body = bytes([1, 4, 0, 100, 0, 1])
+    request = body + FramerRTU.compute_CRC(body).to_bytes(2, "big")
+    for _ in range(3):
+        cable.noise(request)
+        time.sleep(0.01)
+        cable.unplug()
+        time.sleep(0.01)
+        cable.plug()
+        time.sleep(0.15)
+    gc.collect()
+    assert "pending" not in caplog.text
 
 
 def test_a_master_that_vanishes_harms_nothing(opened, cable):

@@ -152,7 +152,11 @@ class ModbusSlave:
 
     async def _shut_down(self, server: ModbusSerialServer) -> None:
         await server.shutdown()  # type: ignore[no-untyped-call]
-        await asyncio.sleep(0)
+        # answers that were still waiting for their silence
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read_until(self, deadline: float) -> None:
         while not self._seen and time.monotonic() < deadline:
