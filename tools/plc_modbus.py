@@ -18,6 +18,7 @@ from pymodbus.pdu import ModbusPDU
 from pymodbus.server import ModbusSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
+import stpm.edge.plc.modbus  # noqa: F401 (keeps pymodbus from writing to stderr)
 from stpm.edge.plc.registers import (
     CONTROL_COILS,
     CONTROL_REGISTERS,
@@ -60,7 +61,8 @@ class Program:
         if (Bit.GATE in bits) != (self.gate[-1] if self.gate else False):
             self.gate.append(Bit.GATE in bits)
         self.beats += Bit.HEARTBEAT in bits ^ self._bits
-        if Bit.RESULT_VALID in bits and not self.control.result_ack:
+        # inspection 0: the memory was emptied, and the registers of this result are not there again
+        if Bit.RESULT_VALID in bits and status.inspection and not self.control.result_ack:
             if Bit.RESULT_VALID not in self._bits or status.inspection != self._newest:
                 self._take(status)
             self._set(result_ack=self.acknowledge)
