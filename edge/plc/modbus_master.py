@@ -42,6 +42,7 @@ from stpm.edge.plc.modbus import check_master_map, new_handshake, silence_s
 from stpm.edge.plc.registers import (
     CONTROL_COILS,
     CONTROL_REGISTERS,
+    RESULT_END,
     Bit,
     read_control,
     status_bits,
@@ -52,6 +53,7 @@ from stpm.edge.plc.settings import PlcSettings, RemoteIo
 
 LIMIT = 3  # exchanges in a row without an answer
 TELL_AGAIN_NS = 60_000 * MS  # the same refusal
+REFRESH_NS = 2_000 * MS  # all registers, whatever has changed: a PLC may have been restarted between two polls
 EXCEPTIONS = {1: "illegal function", 2: "illegal address", 3: "illegal value", 4: "device failure", 6: "busy"}
 
 
@@ -154,6 +156,7 @@ class _Map:
     def reopened(self) -> None:
         self._bits: list[bool] | None = None  # as the PLC has them
         self._registers: list[int] | None = None
+        self._refresh_at_ns = 0
         self._coils = None
         self._handshake.forget()
 
@@ -193,8 +196,11 @@ class _Map:
     def write(self) -> None:
         """One exchange of what the PLC does not have yet. A result's registers come before RESULT_VALID, everything
         else after the bits."""
-        status = self._handshake.status(time.monotonic_ns())
+        now_ns = time.monotonic_ns()
+        status = self._handshake.status(now_ns)
         bits, registers = status_bits(status), status_registers(status)
+        if now_ns >= self._refresh_at_ns:
+            self._registers, self._refresh_at_ns = None, now_ns + REFRESH_NS
         rises = bits[Bit.RESULT_VALID] and not (self._bits and self._bits[Bit.RESULT_VALID])
         if self._bits != bits and not (rises and self._registers != registers):
             self._exchange(WriteMultipleCoilsRequest(address=self._map.status_bits, bits=bits))
@@ -203,6 +209,8 @@ class _Map:
             before = self._registers or [-1] * len(registers)
             changed = [index for index, value in enumerate(registers) if value != before[index]]
             first, last = changed[0], changed[-1]
+            if rises:  # all of a result, as much of it as may look the same as the one before
+                first, last = 0, max(last, RESULT_END - 1)
             self._exchange(
                 WriteMultipleRegistersRequest(
                     address=self._map.status_registers + first, registers=registers[first : last + 1]

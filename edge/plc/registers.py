@@ -145,6 +145,7 @@ class Status:
 
 
 STATUS_REGISTERS = 35
+RESULT_END = 21  # what is about one result lies before it
 
 
 def status_bits(status: Status) -> list[bool]:

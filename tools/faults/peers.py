@@ -209,6 +209,8 @@ class _Witness(Program):
         return control
 
     def _take(self, status: Status) -> None:
+        if self._peer.said and self._peer.said[-1][1] == status.part_id:
+            return  # shown again after its memory was emptied: it is the same part
         passed = len(self.passed)
         super()._take(status)
         now = time.monotonic()

@@ -171,9 +171,10 @@ def plc_silent_for_a_minute_as_slave(bench: Bench) -> None:
 
 def _restarted(bench: Bench) -> None:
     with bench.peer() as peer, bench.line(peer) as line:
-        line.works()
-        with line.fault("the PLC was switched off and on"):
-            peer.restart()
+        for _ in range(5):
+            line.works(3)
+            with line.fault("the PLC was switched off and on"):
+                peer.restart()
         line.works()
 
 
