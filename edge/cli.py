@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from stpm.edge.bundle import find_bundle
+from stpm.edge.bundle import Bundle, find_bundle, open_bundle
 from stpm.edge.check import check
 from stpm.edge.command import parser, run_command, stop_on_signals
 from stpm.edge.config import Station, checked, read_station
@@ -127,8 +127,9 @@ def _run(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         terminal = stack.enter_context(Terminal(options.quiet))
-        for number, bundle in station.recipes.items():
-            terminal.report(f"recipe {number}: bundle {bundle}")
+        for number, path in station.recipes.items():
+            for text in _introduced(number, open_bundle(Path(path))):
+                terminal.report(text)
         link = open_link(station.plc, station.gate.safe)
         stack.callback(link.close, State("STOPPED"))  # where the loop has not done it
         loop = Loop(station, link, terminal.report)
@@ -137,6 +138,20 @@ def _run(options: argparse.Namespace) -> None:
         finally:
             for text in summary(loop):
                 terminal.report(text)
+
+
+def _introduced(number: str, bundle: Bundle) -> list[str]:
+    manifest = bundle.manifest
+    lines = [
+        f"recipe {number}: bundle {bundle.path}: {manifest.category}, {manifest.method} {manifest.precision}, "
+        f"threshold {manifest.threshold.value:.3e}, made {manifest.created}"
+    ]
+    if manifest.threshold_changes:
+        change = manifest.threshold_changes[-1]
+        lines.append(
+            f"threshold changed {change.at} by {change.by}, before {change.before.value:.3e}: {change.reason}"
+        )
+    return lines
 
 
 def summary(loop: Loop) -> list[str]:

@@ -42,7 +42,7 @@ class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[gate]"""
 
     mode: Literal["plc", "delay", "encoder"] = "plc"  # who finds the moment: the PLC; the clock; the encoder
-    polarity: Literal["reject", "accept"] = "reject"  # what the pulse does to the part
+    polarity: Literal["reject", "accept"] = "accept"  # what the pulse does to the part
     delay_ms: NotNegative = 0.0  # from capture, mode delay
     counts: Count = 0  # from capture, mode encoder
     pulse_ms: Positive = 50.0

@@ -20,6 +20,7 @@ from stpm.edge.config import GateSettings
 
 MS = 1_000_000
 WRAP = 1 << 32
+AGAIN_NS = 100 * MS  # between two attempts at an edge
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Window:
     part: int
     captured_ns: int
     delay: float  # ms, or encoder counts
+    id: int
+    position: float | None = None  # encoder count at which it is due
+    placed: bool = False  # the encoder has been read since the capture: the position is final
+    abandoned: bool = False  # rejected for good, whatever its verdict
     due_ns: int | None = None  # None: the encoder cannot say yet
     ends_ns: int | None = None  # set when it has begun
     passes: bool = False
@@ -57,6 +62,10 @@ class Encoder:
             step = (count - last) % WRAP
             count = last + (step if step < WRAP // 2 else step - WRAP)
         self._samples.append((at_ns, count))
+
+    @property
+    def newest_ns(self) -> int:
+        return self._samples[-1][0] if self._samples else -1
 
     def lost(self, now_ns: int) -> bool:
         return not self._samples or now_ns - self._samples[-1][0] > self._timeout_ns
@@ -93,38 +102,47 @@ class Gate:
         self.pulse_ns = round(settings.pulse_ms * MS)
         self.encoder = Encoder(round(settings.encoder_timeout_ms * MS)) if settings.mode == "encoder" else None
         self._windows: list[Window] = []
-        self._active = False  # every link opens with its output off
+        self._active: bool | None = False  # every link opens with its output off; None: not known
+        self._again_ns = 0
         self._held = True
 
     @property
     def used(self) -> bool:
         return self._settings.mode != "plc"
 
-    def plan(self, part: int, captured_ns: int) -> None:
-        """A part was in front of the camera at that time; said again when the time is known better."""
+    def plan(self, part: int, captured_ns: int, id: int = 0) -> None:
+        """A part was in front of the camera at that time; said again when the time is known better. `part` is its
+        key, never used twice; `id` what its edges are called."""
         window = next((window for window in self._windows if window.part == part), None)
         if window is None:
-            window = Window(part, captured_ns, self.delay)
+            window = Window(part, captured_ns, self.delay, id or part)
             self._windows.append(window)
         if window.ends_ns is None:
-            window.captured_ns = captured_ns
+            window.captured_ns, window.placed = captured_ns, False
             self._estimate(window)
 
     def decide(self, part: int, passes: bool) -> None:
         """The verdict; without effect on a part that has already been in front of the gate."""
         for window in self._windows:
-            if window.part == part and window.ends_ns is None:
+            if window.part == part and window.ends_ns is None and not window.abandoned:
                 window.passes = passes
+
+    def not_switched(self, now_ns: int) -> None:
+        """The newest edge did not get through: it is given again after a moment."""
+        self._active, self._again_ns = None, now_ns + AGAIN_NS
 
     def hold(self, held: bool) -> None:
         """Reject whatever comes (FAULT, not ready yet), or work."""
         self._held = held
 
     def abandon(self) -> None:
-        """Nobody knows any more where the parts on the way are: all are rejected, by the level that `hold` sets."""
+        """Nobody knows any more where the parts on the way are: all are rejected. Those of which it was known keep
+        their place, for when the encoder is heard again."""
         for window in [window for window in self._windows if window.ends_ns is None]:
-            self._decided(window.part, "rejected")
-            self._windows.remove(window)
+            window.passes, window.abandoned = False, True
+            if window.position is None:
+                self._decided(window.part, "rejected")
+                self._windows.remove(window)
 
     @property
     def waiting(self) -> bool:
@@ -146,22 +164,22 @@ class Gate:
         for window in self._windows:
             if window.ends_ns is None and window.due_ns is not None and window.due_ns <= now_ns:
                 window.ends_ns = window.due_ns + self.pulse_ns
-                last = max(last or (0, 0), (window.due_ns, window.part))
+                last = max(last or (0, 0), (window.due_ns, window.id))
                 self._decided(window.part, self._outcome(window, now_ns))
         for window in [window for window in self._windows if window.ends_ns is not None and window.ends_ns <= now_ns]:
-            last = max(last or (0, 0), (window.ends_ns or 0, window.part))
+            last = max(last or (0, 0), (window.ends_ns or 0, window.id))
             self._windows.remove(window)
         wanted = self._level(now_ns)
-        if wanted == self._active:
+        if wanted == self._active or (self._active is None and now_ns < self._again_ns):
             return []
         self._active = wanted
         when, part = last or (now_ns, 0)
         return [Edge(part, wanted, when)]
 
     def _outcome(self, window: Window, now_ns: int) -> str:
-        if window.passes and not self._held and not self._rejects(now_ns):
-            return "passed"
         past = window.ends_ns is not None and window.ends_ns <= now_ns
+        if window.passes and not (self._held or past or self._rejects(now_ns)):
+            return "passed"
         return "missed" if past and self._settings.polarity == "reject" and not self._held else "rejected"
 
     def _level(self, now_ns: int) -> bool:
@@ -180,6 +198,9 @@ class Gate:
         better with the first count after that."""
         if self.encoder is None:
             window.due_ns = window.captured_ns + round(window.delay * MS)
-        else:
+            return
+        if window.position is None or not window.placed:
             at = self.encoder.count_at(window.captured_ns)
-            window.due_ns = None if at is None else self.encoder.time_of(at + window.delay)
+            window.position = None if at is None else at + window.delay
+            window.placed = self.encoder.newest_ns >= window.captured_ns
+        window.due_ns = None if window.position is None else self.encoder.time_of(window.position)

@@ -7,6 +7,7 @@ valid: the state is DEGRADED. A latched condition stays until somebody clears it
 from dataclasses import dataclass
 from typing import Literal
 
+PASSING = ("READY", "RUNNING", "DEGRADED")
 Phase = Literal["BOOT", "SELF_TEST", "READY", "RUNNING", "STOPPED"]
 
 
@@ -61,9 +62,11 @@ class Health:
     @property
     def reason(self) -> str:
         """Of FAULT or DEGRADED: the names of what is wrong, faults first. SIMULATED where all would be well."""
+        simulated = ["SIMULATED"] if self.simulated and self.state in PASSING else []
         if self.state not in ("FAULT", "DEGRADED"):
-            return "SIMULATED" if self.simulated and self.state in ("READY", "RUNNING") else ""
-        return " ".join(sorted(self.conditions, key=lambda name: (not self.conditions[name].fault, name)))
+            return " ".join(simulated)
+        names = sorted(self.conditions, key=lambda name: (not self.conditions[name].fault, name))
+        return " ".join([*simulated, *names])
 
     @property
     def code(self) -> int:

@@ -98,9 +98,10 @@ class Line:
 
     def triggered(self, at_ns: int, number: int | None, now_ns: int) -> None:
         """The PLC says that a part is in front of the camera."""
-        if not self.enabled or not self._triggered or self.health.phase not in ("READY", "RUNNING"):
+        stopping = self.finishing or self.health.phase not in ("READY", "RUNNING")
+        if not self.enabled or not self._triggered or stopping:
             self.counts.garbage += 1
-            why = "inspection is not enabled" if not self.enabled else f"the line is in {self.health.phase}"
+            why = "inspection is not enabled" if not self.enabled else "the line is not ready, or stops"
             why = why if self._triggered else 'camera.trigger is not "software"'
             self.journal.event("plc", f"a trigger was ignored: {why}")
             return
@@ -197,8 +198,11 @@ class Line:
                 if edge is not None:
                     self.latency.add("gate jitter", abs(at_ns - edge.due_ns))
             case plc.Unswitched(id, active, _, reason):
+                newest = bool(self._edges) and (id, active) == next(reversed(self._edges))
                 self._edges.pop((id, active), None)
                 self._not_switched(active, reason)
+                if newest:
+                    self.gate.not_switched(now_ns)
             case plc.Triggered(at_ns, number):
                 self.triggered(at_ns, number, now_ns)
             case plc.Counted(at_ns, count):
@@ -245,8 +249,11 @@ class Line:
         cleared = self.health.clear()
         self.journal.event("operator", f"{by} cleared {', '.join(cleared) or 'nothing: nothing was latched'}")
 
-    def close(self) -> None:
-        """The link is closed: what it has not answered by now is not delivered."""
+    def close(self, now_ns: int) -> None:
+        """The link is closed: open parts get their verdict, and what the link has not answered is not delivered."""
+        self.stop()
+        for part in [*self._asked.values(), *self._queue, *self._awaiting.values()]:
+            self._judge(part, judge(None, 0, "the line has stopped"), now_ns)
         for id in list(self._sent):
             self._undelivered(id, "the line has stopped")
 
@@ -280,7 +287,7 @@ class Line:
         part = Part(self._id, self._key, self.engines.active, known, began_ns)
         if self.gate.used:
             self._at_the_gate[part.key] = part
-            self.gate.plan(part.key, began_ns)
+            self.gate.plan(part.key, began_ns, part.id)
         if self.health.phase == "READY":
             self.health.phase = "RUNNING"
         return part
@@ -295,7 +302,10 @@ class Line:
         if last and last + 1 < number <= last + LONGEST_GAP:
             self._missed(range(last + 1, number), f"triggers {last + 1} to {number - 1} never came", at_ns, now_ns)
         elif last and number != last + 1:
-            self.journal.event("plc", f"the PLC counts its triggers from {number}, after {last}")
+            sentence = f"the PLC counts its triggers from {number}, after {last}"
+            self.journal.event("plc", sentence)
+            if number > last:
+                self.health.fault("missed", sentence, PlcError.exit_code, latched=True)
         return True
 
     def _missed(self, numbers: range, sentence: str, at_ns: int, now_ns: int) -> None:
@@ -368,6 +378,8 @@ class Line:
         self.engines.ask(part.recipe, question, now_ns)
 
     def _late(self, part: Part, now_ns: int) -> None:
+        if part.verdict is not None:
+            return
         self.counts.late += 1
         where = "no frame" if part.frame is None else "no verdict"
         self._judge(part, judge(None, 0, f"{where} within {self.station.parts.deadline_ms:g} ms"), now_ns)
@@ -427,13 +439,11 @@ class Line:
         part = self._sent.get(id)
         if part is None:
             return
-        if not part.delivery and part.found is not None:
+        if part.found is not None:
             total, inspection = at_ns - part.captured_ns, part.found.ended_ns - part.found.began_ns
             self.latency.add("capture to wire", total)
             self.latency.add("overhead", total - inspection - (part.asked_ns - part.arrived_ns))
-        part.delivery = how
-        if how == "acknowledged" or not self.station.plc.acknowledge:
-            self._close(self._sent.pop(id), how)
+        self._close(self._sent.pop(id), how)
 
     def _undelivered(self, id: int, reason: str) -> None:
         part = self._sent.pop(id, None)

@@ -36,7 +36,7 @@ class Loop:
         self._station, self._link, self._report = station, link, report
         self._ring = Ring(SLOTS)
         self._camera = CameraHost(station.camera, self._ring)
-        self._recipes = Recipes(station, self._ring, lambda text: self.record.event("recipe", text))
+        self._recipes = Recipes(station, self._ring)
         self.record = Record(station, self._ring)
         self.line = Line(
             station,
@@ -189,6 +189,7 @@ class Loop:
             name = "engine" if active else f"engine {number}"
             if number not in absent:
                 self._settle(name, "engine")
+                self.line.health.settle(f"engine {number}")
             elif active:
                 self._raise(name, "engine", absent[number], EngineError.exit_code)
             elif health.warn(name, absent[number], EngineError.exit_code):
@@ -278,7 +279,7 @@ class Loop:
             if self._control is not None:
                 rest.callback(self._control.close)
             rest.callback(self.record.close)
-            rest.callback(self.line.close)
+            rest.callback(lambda: self.line.close(time.monotonic_ns()))
             rest.callback(self._recipes.end)
             rest.callback(self._camera.end)
             rest.callback(self.record.event, "state", last.state + (f" ({last.reason})" if last.reason else ""))

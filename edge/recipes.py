@@ -26,8 +26,8 @@ class Change:
 
 
 class Recipes:
-    def __init__(self, station: Station, ring: Ring, tell: Callable[[str], None]) -> None:
-        self._station, self._ring, self._tell = station, ring, tell
+    def __init__(self, station: Station, ring: Ring) -> None:
+        self._station, self._ring = station, ring
         self._hosts = {int(number): self._host(path) for number, path in station.recipes.items()}
         self._previous: dict[int, EngineHost] = {}
         self._change: Change | None = None
@@ -77,7 +77,7 @@ class Recipes:
         return {
             number: str(host.error or "the engine is starting")
             for number, host in self._hosts.items()
-            if not host.ready
+            if not host.ready and not (self._change is not None and self._change.host is host)
         }
 
     def filenos(self) -> list[int]:
@@ -95,16 +95,13 @@ class Recipes:
         answers: list[Inspected | InspectionFailed] = []
         lost: list[tuple[int, str]] = []
         for host in self._everyone():
-            before = host.known
             messages, dead = host.poll(now_ns)
             answers += [message for message in messages if isinstance(message, Inspected | InspectionFailed)]
             if dead is not None:
                 lost.append((dead, str(host.error)))
-            if before is not None and host.known is not None and before.sha256 != host.known.sha256:
-                self._tell(f"{host.settings.bundle} has been replaced on disk: {host.known.sha256[:12]} judges now")
             if self._change is not None and self._change.host is host:
                 self._settle(self._change)
-        # started again, it would load what is on disk now, which is not what a rollback wants
+        # started again, it would find another bundle on disk than its own
         self._previous = {number: host for number, host in self._previous.items() if not host.gone}
         return answers, lost
 

@@ -2,7 +2,7 @@
 
 The child is `python -m MODULE`, started afresh (never forked, so that it inherits no engine, camera or lock). It gets
 the ring and its end of the channel as descriptors and its configuration as the first message. It dies with its parent,
-whatever becomes of that, and leaves Ctrl-C to it.
+whatever becomes of that, and leaves Ctrl-C and SIGTERM to it.
 """
 
 import ctypes
@@ -70,7 +70,7 @@ def serve(configuration: type[msgspec.Struct], receives: Any, main: Callable[[An
     """What a child module runs: `main(configuration, channel, ring)`, until it returns."""
     end, descriptor, slots, parent = (int(word) for word in sys.argv[1:5])
     _die_with(parent)
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=end)
     first = connection.recv(1 << 16)

@@ -136,7 +136,7 @@ def test_a_pulse_that_is_over_does_not_reject_the_next_part_though_nobody_looked
 
 
 def test_due_is_the_next_change():
-    gate = Gate(GateSettings(mode="delay", delay_ms=100, pulse_ms=20))
+    gate = Gate(GateSettings(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20))
     gate.hold(False)
     assert gate.due_ns() is None
     gate.plan(1, 7)
@@ -217,6 +217,42 @@ def test_parts_are_abandoned_when_the_encoder_is_lost():
     bench.gate.abandon()
     assert bench.decisions == {1: "rejected"}
     assert not bench.gate.waiting
+
+
+def test_a_place_does_not_move_any_more_once_it_is_known():
+    """The belt runs, and then at half its speed for far longer than counts are kept."""
+    encoder_counts = [min(ms, 100) + max(ms - 100, 0) // 2 for ms in range(3000)]
+    bench = Bench(mode="encoder", polarity="reject", counts=1000, pulse_ms=20, encoder_timeout_ms=500)
+    bench.gate.hold(False)
+
+    def at(ms):
+        if ms % 10 == 0:
+            bench.gate.encoder.add(ms * MS, encoder_counts[ms])
+        if ms == 50:
+            bench.gate.plan(1, 50 * MS)
+
+    wanted = encoder_counts.index(50 + 1000)
+    assert abs(on(bench.run(3000, at=at))[0][0] - wanted) <= 4
+
+
+def test_an_edge_that_did_not_get_through_is_given_again_after_a_moment():
+    bench = Bench(mode="delay", polarity="reject", delay_ms=0, pulse_ms=500)
+    bench.gate.hold(False)
+    bench.gate.plan(1, 0)
+    bench.run(20, at=lambda ms: bench.gate.not_switched(ms * MS) if ms == 10 else None)
+    assert bench.edges == [(0, 1, True)]
+    bench.run(200, 20)
+    assert [(part, active) for _, part, active in bench.edges] == [(1, True), (0, True)]
+    assert bench.edges[1][0] == 110
+
+
+def test_a_passed_part_that_was_seen_too_late_is_not_said_to_have_passed():
+    bench = Bench(mode="delay", polarity="accept", delay_ms=0, pulse_ms=10)
+    bench.gate.hold(False)
+    bench.gate.plan(1, 0)
+    bench.gate.decide(1, True)
+    assert bench.gate.edges(50 * MS) == []
+    assert bench.decisions == {1: "rejected"}
 
 
 def test_ten_thousand_parts_at_random_never_open_the_gate_for_a_part_that_may_not_pass():

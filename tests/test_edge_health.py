@@ -58,5 +58,8 @@ def test_scripted_verdicts_are_announced_wherever_parts_could_pass():
     health = running()
     health.simulated = True
     assert health.reason == "SIMULATED"
+    health.warn("journal", "disk full")
+    assert health.reason == "SIMULATED journal"
+    health.settle("journal")
     health.phase = "READY"
     assert health.reason == "SIMULATED"

@@ -44,7 +44,7 @@ def test_bench_measures_the_whole_line(bundle, tmp_path, capsys):
     assert report["sha256"] == bundle.sha256
     figures = report["figures"]
     assert {"overhead", "gate", "serial", "camera", "capture to wire", "bare inspection"} <= set(figures)
-    assert figures["overhead"]["count"] > 20
+    assert figures["overhead"]["count"] > 10
     assert figures["gate"]["count"] >= 40
     for spread in figures.values():
         assert 0 < spread["p50"] <= spread["p99"] <= spread["p999"] <= spread["max"]

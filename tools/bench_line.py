@@ -36,6 +36,7 @@ from stpm.tools.plc_sim import PtyPlc
 
 SCHEMA = 1
 FPS = 30
+LOAD = 0.6  # of the engine at most, so that parts do not wait for each other on a slow machine
 # milliseconds, on two cores
 TARGETS = {
     ("overhead", "p99"): 2.0,
@@ -120,7 +121,8 @@ def _overhead(bundle: Path, backend: str, parts: int, samples: dict[str, list[fl
 
     alone()
     height, width = frame.shape[:2]
-    camera = f"pattern:fps={FPS},width={width},height={height}"
+    fps = min(FPS, LOAD * 1e3 / float(np.median(bare)))
+    camera = f"pattern:fps={fps:.1f},width={width},height={height}"
     with _plc() as port:
         loop = _run(_station(bundle, camera, port, {"engine.backend": backend, "parts.limit": parts}))
     for name in ("capture to line", "inspection", "capture to wire", "overhead"):

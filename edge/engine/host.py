@@ -1,5 +1,7 @@
 """The line's side of an engine process."""
 
+import msgspec
+
 from stpm.edge import errors
 from stpm.edge.channel import ChannelClosedError
 from stpm.edge.engine.messages import (
@@ -27,12 +29,18 @@ class EngineHost:
 
     def __init__(self, settings: EngineSettings, ring: Ring, hang_ns: int) -> None:
         self.settings, self._hang_ns = settings, hang_ns
-        self.supervisor = Supervisor(lambda: Worker(MODULE, settings, FromEngine, ring))
+        self._ring = ring
+        self.supervisor = Supervisor(self._start)
         self.known: EngineReady | None = None  # the newest that it said; outlives the process
         self.ready = False
         self.error: StpmError | None = None  # why it is not there
         self._busy: int | None = None
         self._since_ns = 0  # of the question, or of the start
+
+    def _start(self) -> Worker:
+        """A restart is no reload: what judged before must judge again, or nothing."""
+        sha256 = self.known.sha256 if self.known else ""
+        return Worker(MODULE, msgspec.structs.replace(self.settings, sha256=sha256), FromEngine, self._ring)
 
     @property
     def free(self) -> bool:

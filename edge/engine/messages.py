@@ -6,6 +6,7 @@ import msgspec
 class EngineSettings(msgspec.Struct, frozen=True):
     bundle: str
     backend: str = "auto"
+    sha256: str = ""  # of the bundle that must be there; of a first start it is not known yet
     script: str = ""  # of the fake engine: see FakeEngine.of
 
 

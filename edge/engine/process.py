@@ -20,7 +20,7 @@ from stpm.edge.engine.messages import (
     TestYourself,
     ToEngine,
 )
-from stpm.edge.errors import DeviceError, EngineError, StpmError
+from stpm.edge.errors import BundleError, DeviceError, EngineError, StpmError
 from stpm.edge.ring import Ring
 from stpm.edge.selftest import self_test
 from stpm.edge.worker import serve
@@ -32,6 +32,11 @@ FAILURES_IN_A_ROW = 10
 def main(settings: EngineSettings, channel: Channel[ToEngine], ring: Ring) -> None:
     try:
         bundle = open_bundle(Path(settings.bundle))
+        if settings.sha256 not in ("", bundle.sha256):
+            raise BundleError(
+                f"{bundle.path} is another bundle than the one that judged before the engine was started again: "
+                "`stpm-ctl reload` takes it, or put the earlier one back"
+            )
         with open_engine(bundle, settings.backend, settings.script) as engine:
             channel.send(_ready(bundle, engine))
             _answer(bundle, engine, channel, ring)

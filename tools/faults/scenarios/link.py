@@ -83,7 +83,7 @@ def noise(bench: Bench) -> None:
 
 @scenario("gate")
 def gate_lines_damaged(bench: Bench) -> None:
-    """every fifth piece of a line is lost, where the line works the gate"""
+    """every fifth piece of a line to the gate is lost"""
     dice = random.Random(bench.seed)
     with bench.peer() as peer, bench.line(peer) as line:
         line.works()
@@ -241,7 +241,7 @@ def acknowledgements_missing(bench: Bench) -> None:
 
 @scenario("ascii+ack")
 def triggers_lost(bench: Bench) -> None:
-    """a gap in the triggers' numbers: rejects, and FAULT until cleared"""
+    """a gap in the triggers: rejects, and FAULT until cleared"""
     with bench.peer() as peer, bench.line(peer, camera__trigger="software") as line:
         peer.trigger_s = 0.08
         line.works(3)

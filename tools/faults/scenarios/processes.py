@@ -30,7 +30,7 @@ def camera_killed(bench: Bench) -> None:
 
 @scenario("modbus slave")
 def camera_killed_with_triggers(bench: Bench) -> None:
-    """the same, where the PLC triggers: each of its parts is judged"""
+    """the same, where the PLC triggers: each part is judged"""
     _killed(bench, "camera", "software")
 
 
@@ -173,7 +173,7 @@ def journal_stopped(bench: Bench) -> None:
 
 @scenario("ascii+ack", long=True)
 def journal_stopped_for_good(bench: Bench) -> None:
-    """SIGSTOP of the journal process until it is killed, after 20 s"""
+    """SIGSTOP of the journal until it is killed, after 20 s"""
     with bench.peer() as peer, bench.line(peer) as line:
         line.works()
         with line.fault("SIGSTOP of the journal for good"):
