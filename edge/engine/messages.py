@@ -6,8 +6,8 @@ import msgspec
 class EngineSettings(msgspec.Struct, frozen=True):
     bundle: str
     backend: str = "auto"
-    sha256: str = ""  # of the bundle that must be there; of a first start it is not known yet
     script: str = ""  # of the fake engine: see FakeEngine.of
+    sha256: str = ""  # of the bundle that must be there; of a first start it is not known yet
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
