@@ -186,7 +186,7 @@ class Line:
                     self.journal.event("plc", "the PLC link is there again")
             case plc.Disconnected(_, sentence):
                 if self.health.fault("plc", sentence, PlcError.exit_code):
-                    self.journal.event("alarm", sentence)
+                    self._tell_alarm(sentence)
             case plc.PeerBeat(at_ns):
                 self._peer_heard_ns = at_ns
                 if self.health.settle("silence"):
@@ -313,7 +313,7 @@ class Line:
         for number in numbers:
             self._judge(self._new_part(at_ns, number), judge(None, 0, sentence), now_ns)
         if self.health.fault("missed", sentence, PlcError.exit_code, latched=True):
-            self.journal.event("alarm", sentence)
+            self._tell_alarm(sentence)
 
     def _count_lost(self, missed: int, captured: int, now_ns: int) -> None:
         """Frames that did not come before this one: the device left them out, or (`captured` of them) we did."""
@@ -338,7 +338,7 @@ class Line:
         elif len(self._queue) >= self.station.parts.queue:
             sentence = f"{len(self._queue)} frames wait for the engine"
             if self.health.warn("overrun", sentence, EngineError.exit_code, latched=True):
-                self.journal.event("alarm", f"overrun: {sentence}")
+                self._tell_alarm(f"overrun: {sentence}")
             self._judge(part, judge(None, 0, f"overrun: {sentence}"), now_ns)
             self._give_back(part)
         else:
@@ -426,7 +426,11 @@ class Line:
         elif limit and self._rejects_in_a_row >= limit:
             sentence = f"{self._rejects_in_a_row} parts in a row were rejected"
             if self.health.warn("rejects", sentence):
-                self.journal.event("alarm", sentence)
+                self._tell_alarm(sentence)
+
+    def _tell_alarm(self, sentence: str) -> None:
+        self.journal.event("alarm", sentence)
+        self._report(f"ALARM: {sentence}")
 
     def _tell(self, part: Part, verdict: Verdict) -> None:
         score = "-" if verdict.score is None else f"{verdict.score:.3e}"
@@ -449,7 +453,7 @@ class Line:
         part = self._sent.pop(id, None)
         if part is not None:
             self._close(part, "undelivered")
-            self.journal.event("alarm", f"the PLC has not got the verdict of part {id}: {reason}")
+            self._tell_alarm(f"the PLC has not got the verdict of part {id}: {reason}")
 
     def _close(self, part: Part, delivery: str) -> None:
         part.delivery = delivery
@@ -466,7 +470,7 @@ class Line:
         if now_ns - self._peer_heard_ns > longest_s * 1e9:
             sentence = f"the PLC has not beaten for {longest_s:g} s"
             if self.health.fault("silence", sentence, PlcError.exit_code):
-                self.journal.event("alarm", sentence)
+                self._tell_alarm(sentence)
 
     def _announce(self) -> None:
         """Tell the PLC, the journal and the terminal when the state has changed."""
@@ -485,7 +489,7 @@ class Line:
         encoder = self.gate.encoder
         if encoder is not None and encoder.lost(now_ns):
             if self.health.fault("encoder", "the encoder is not heard", PlcError.exit_code):
-                self.journal.event("alarm", "the encoder is not heard: all parts on the way are rejected")
+                self._tell_alarm("the encoder is not heard: all parts on the way are rejected")
             self.gate.abandon()
         elif encoder is not None and self.health.settle("encoder"):
             self.journal.event("state", "the encoder is heard again")
@@ -497,7 +501,7 @@ class Line:
     def _not_switched(self, active: bool, reason: str) -> None:
         self.counts.gates["not switched"] += 1
         sentence = f"the gate was not switched {'on' if active else 'off'}: {reason}"
-        self.journal.event("alarm", sentence)
+        self._tell_alarm(sentence)
         # the other edge only costs a good part
         if active == (self.station.gate.polarity == "reject"):
             self.health.fault("gate", f"{sentence}; a part may have passed", PlcError.exit_code, latched=True)
@@ -510,7 +514,7 @@ class Line:
         if outcome == "missed":
             sentence = f"part {part.id} was past the gate before it could be rejected: gate.delay_ms is too short"
             if self.health.fault("gate", sentence, PlcError.exit_code, latched=True):
-                self.journal.event("alarm", sentence)
+                self._tell_alarm(sentence)
 
     # --- slots
 
