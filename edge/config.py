@@ -14,7 +14,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -22,6 +22,7 @@ from stpm.edge.camera.messages import CameraSettings
 from stpm.edge.errors import ConfigError
 from stpm.edge.journal.messages import JournalSettings
 from stpm.edge.limits import AtLeastOne, Count, NotNegative, Positive
+from stpm.edge.plc.modbus import check_master_map, check_slave_map
 from stpm.edge.plc.settings import PlcSettings
 
 
@@ -33,7 +34,7 @@ class PartSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[parts]"""
 
     deadline_ms: Positive = 500.0  # from trigger, or from capture in free run, to verdict; later is UNKNOWN
-    queue: AtLeastOne = 8  # frames that may wait for the engine
+    queue: Annotated[int, msgspec.Meta(ge=1, le=24)] = 8  # frames that may wait for the engine; the ring has 32
     alarm_after: Count = 10  # consecutive rejects; 0: no alarm
     limit: AtLeastOne | None = None  # stop after so many
 
@@ -94,6 +95,8 @@ def read_station(path: Path | None, overrides: Mapping[str, object]) -> Station:
         table = values
         for each in tables:
             table = table.setdefault(each, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{path}: `{each}` is {table!r} there, and should be a table: write [{each}]")
         table[key] = value
     where = str(path) if path else "the command line"
     try:
@@ -105,11 +108,17 @@ def read_station(path: Path | None, overrides: Mapping[str, object]) -> Station:
 def checked(station: Station) -> Station:
     """The station; ConfigError where settings are missing or contradict each other."""
     camera, gate, plc = station.camera, station.gate, station.plc
+    recipes = station.recipes or {"1": ""}  # the only bundle in ./bundles
     two_way = plc.port != "none" and (plc.protocol != "pins" or plc.pins.trigger != "none")
     contradictions = {
         "camera.source is missing: give --camera SOURCE": not camera.source,
         "plc.port is missing: give --plc PORT, or `none`": not plc.port,
-        "recipes have numbers, 1 and up: correct [recipes]": not all(key.isdecimal() for key in station.recipes),
+        "recipes have numbers from 1 to 65535, without zeros in front: correct [recipes]": not all(
+            re.fullmatch("[1-9][0-9]{0,4}", key) and int(key) < 1 << 16 for key in station.recipes
+        ),
+        f"recipe {station.recipe} is not in [recipes]: known are {', '.join(recipes)}": (
+            station.recipe is not None and str(station.recipe) not in recipes
+        ),
         'camera.trigger = "software" needs a PLC that triggers: set plc.port, and plc.pins.trigger for pins': (
             camera.trigger == "software" and not two_way
         ),
@@ -125,6 +134,9 @@ def checked(station: Station) -> Station:
         'plc.protocol = "pins" needs gate.mode "delay": two outputs can tell a PLC no part\'s verdict': (
             plc.port != "none" and plc.protocol == "pins" and gate.mode == "plc"
         ),
+        f"[plc.pins] gate and ready are both {plc.pins.gate}: give each its own, or none": (
+            plc.protocol == "pins" and plc.pins.gate == plc.pins.ready != "none"
+        ),
         'a gate needs every part: set camera.policy = "every" or camera.trigger = "software"': (
             gate.mode != "plc" and camera.policy == "latest" and camera.trigger == "free" and bool(camera.source)
         ),
@@ -132,6 +144,10 @@ def checked(station: Station) -> Station:
     for sentence, wrong in contradictions.items():
         if wrong:
             raise ConfigError(sentence)
+    if plc.protocol == "modbus-master" and plc.io is None:
+        check_master_map(plc.map)
+    elif plc.protocol == "modbus-slave":
+        check_slave_map(plc.map)
     return station
 
 

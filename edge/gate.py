@@ -6,20 +6,19 @@ is not PASS, is rejected.
 
     polarity accept   the output is on while a passed part is in front of the gate and no rejected one is: a dead
                       computer rejects
-    polarity reject   the output is on while a rejected part is in front of the gate, and while the line is in FAULT
+    polarity reject   the output is on while a rejected part is in front of the gate, while the line is in FAULT, and
+                      after that until the last part that it may not have seen is past the gate
 
 Where two parts are so close that their pulses overlap, the reject wins.
 """
 
-import bisect
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from stpm.edge.config import GateSettings
+from stpm.edge.encoder import Encoder
 
 MS = 1_000_000
-WRAP = 1 << 32
 AGAIN_NS = 100 * MS  # between two attempts at an edge
 
 
@@ -34,60 +33,17 @@ class Edge:
 
 @dataclass
 class Window:
+    """The time of one part in front of the gate."""
+
     part: int
     captured_ns: int
     delay: float  # ms, or encoder counts
     id: int
     position: float | None = None  # encoder count at which it is due
     placed: bool = False  # the encoder has been read since the capture: the position is final
-    abandoned: bool = False  # rejected for good, whatever its verdict
     due_ns: int | None = None  # None: the encoder cannot say yet
     ends_ns: int | None = None  # set when it has begun
     passes: bool = False
-
-
-class Encoder:
-    """Counts of an encoder, read from time to time: where it was, is, and will be. 32 bits that wrap."""
-
-    def __init__(self, timeout_ns: int) -> None:
-        self._timeout_ns = timeout_ns
-        self._samples: deque[tuple[int, int]] = deque(maxlen=64)  # (at_ns, count without wraps)
-
-    def add(self, at_ns: int, count: int) -> None:
-        if self._samples:
-            last_ns, last = self._samples[-1]
-            if at_ns <= last_ns:
-                return
-            # the shorter way round: an encoder may also run back a little
-            step = (count - last) % WRAP
-            count = last + (step if step < WRAP // 2 else step - WRAP)
-        self._samples.append((at_ns, count))
-
-    @property
-    def newest_ns(self) -> int:
-        return self._samples[-1][0] if self._samples else -1
-
-    def lost(self, now_ns: int) -> bool:
-        return not self._samples or now_ns - self._samples[-1][0] > self._timeout_ns
-
-    def count_at(self, ns: int) -> float | None:
-        """Between two samples on the line through them, outside on the line through the nearest two."""
-        if len(self._samples) < 2:
-            return float(self._samples[0][1]) if self._samples else None
-        after = bisect.bisect_left(self._samples, (ns, -WRAP))
-        after = min(max(after, 1), len(self._samples) - 1)
-        (a_ns, a), (b_ns, b) = self._samples[after - 1], self._samples[after]
-        return a + (b - a) * (ns - a_ns) / (b_ns - a_ns)
-
-    def time_of(self, count: float) -> int | None:
-        """When the encoder passes `count`, at the speed of the newest samples; None while it stands or runs back."""
-        if len(self._samples) < 2:
-            return None
-        back = max(-len(self._samples), -4)
-        (a_ns, a), (b_ns, b) = self._samples[back], self._samples[-1]
-        if b <= a:
-            return b_ns if count <= b else None
-        return b_ns + round((count - b) * (b_ns - a_ns) / (b - a))
 
 
 class Gate:
@@ -98,24 +54,33 @@ class Gate:
         self, settings: GateSettings, decided: Callable[[int, str], None] = lambda part, outcome: None
     ) -> None:
         self._settings, self._decided = settings, decided
-        self.delay = settings.counts if settings.mode == "encoder" else settings.delay_ms
-        self.pulse_ns = round(settings.pulse_ms * MS)
-        self.encoder = Encoder(round(settings.encoder_timeout_ms * MS)) if settings.mode == "encoder" else None
+        self.encoder: Encoder | None = None
+        if settings.mode == "encoder":
+            self.encoder = Encoder(round(settings.encoder_timeout_ms * MS), settings.counts)
+        self.set_times(0, 0)
         self._windows: list[Window] = []
         self._active: bool | None = False  # every link opens with its output off; None: not known
         self._again_ns = 0
         self._held = True
+        self._unseen: Window | None = None  # of the last part that may have gone past the camera unseen
+        self._abandoned = False
 
     @property
     def used(self) -> bool:
         return self._settings.mode != "plc"
+
+    def set_times(self, delay: float, pulse_ms: float) -> None:
+        """From now on; 0 for what the station says."""
+        settings = self._settings
+        self._delay = delay or (settings.counts if settings.mode == "encoder" else settings.delay_ms)
+        self.pulse_ns = round((pulse_ms or settings.pulse_ms) * MS)
 
     def plan(self, part: int, captured_ns: int, id: int = 0) -> None:
         """A part was in front of the camera at that time; said again when the time is known better. `part` is its
         key, never used twice; `id` what its edges are called."""
         window = next((window for window in self._windows if window.part == part), None)
         if window is None:
-            window = Window(part, captured_ns, self.delay, id or part)
+            window = Window(part, captured_ns, self._delay, id or part)
             self._windows.append(window)
         if window.ends_ns is None:
             window.captured_ns, window.placed = captured_ns, False
@@ -124,38 +89,51 @@ class Gate:
     def decide(self, part: int, passes: bool) -> None:
         """The verdict; without effect on a part that has already been in front of the gate."""
         for window in self._windows:
-            if window.part == part and window.ends_ns is None and not window.abandoned:
+            if window.part == part and window.ends_ns is None:
                 window.passes = passes
 
     def not_switched(self, now_ns: int) -> None:
-        """The newest edge did not get through: it is given again after a moment."""
+        """The newest edge did not get through, or the output has been switched back: it is given again after a
+        moment."""
         self._active, self._again_ns = None, now_ns + AGAIN_NS
 
-    def hold(self, held: bool) -> None:
-        """Reject whatever comes (FAULT, not ready yet), or work."""
+    def hold(self, held: bool, now_ns: int) -> None:
+        """Reject whatever comes (FAULT, not ready yet), or work.
+
+        With polarity reject, parts that went past meanwhile without a window would pass after that: everything is
+        rejected until they are gone.
+        """
+        if self._held and not held and (self._abandoned or self._settings.polarity == "reject"):
+            self._unseen = Window(0, now_ns, self._delay, 0)
+        if held:
+            self._unseen = None
         self._held = held
 
     def abandon(self) -> None:
-        """Nobody knows any more where the parts on the way are: all are rejected. Those of which it was known keep
-        their place, for when the encoder is heard again."""
-        for window in [window for window in self._windows if window.ends_ns is None]:
-            window.passes, window.abandoned = False, True
-            if window.position is None:
+        """Nobody knows any more where the parts on the way are: it is held, all of them are rejected, and so is what
+        comes while they may still be there."""
+        self.hold(True, 0)
+        gone, self._windows = self._windows, []
+        for window in gone:
+            if window.ends_ns is None:
                 self._decided(window.part, "rejected")
-                self._windows.remove(window)
+        self._abandoned = self._abandoned or bool(gone)
 
     @property
-    def waiting(self) -> bool:
-        """Parts are on their way to the gate, or in front of it."""
-        return bool(self._windows)
+    def waiting(self) -> int:
+        """Parts on their way to the gate, or in front of it."""
+        return len(self._windows)
 
     def due_ns(self) -> int | None:
         """When `edges` has something to do next."""
         times = [window.ends_ns or window.due_ns for window in self._windows]
+        if self._unseen is not None and self._unseen.due_ns is not None:
+            times.append(self._unseen.due_ns + self.pulse_ns)
         return min((time for time in times if time is not None), default=None)
 
     def edges(self, now_ns: int) -> list[Edge]:
         """What must be switched by now: none or one."""
+        self._look_for_unseen(now_ns)
         if self.encoder is not None:
             for window in self._windows:
                 if window.ends_ns is None:
@@ -163,7 +141,7 @@ class Gate:
         last: tuple[int, int] | None = None  # (when, part) of the newest change
         for window in self._windows:
             if window.ends_ns is None and window.due_ns is not None and window.due_ns <= now_ns:
-                window.ends_ns = window.due_ns + self.pulse_ns
+                window.ends_ns = self._end_of(window, window.due_ns, now_ns)
                 last = max(last or (0, 0), (window.due_ns, window.id))
                 self._decided(window.part, self._outcome(window, now_ns))
         for window in [window for window in self._windows if window.ends_ns is not None and window.ends_ns <= now_ns]:
@@ -175,6 +153,11 @@ class Gate:
         self._active = wanted
         when, part = last or (now_ns, 0)
         return [Edge(part, wanted, when)]
+
+    def _end_of(self, window: Window, due_ns: int, now_ns: int) -> int:
+        """A reject that begins late is not the shorter for it."""
+        late = self._settings.polarity == "reject" and not window.passes and now_ns < due_ns + self.pulse_ns
+        return (now_ns if late else due_ns) + self.pulse_ns
 
     def _outcome(self, window: Window, now_ns: int) -> str:
         past = window.ends_ns is not None and window.ends_ns <= now_ns
@@ -191,7 +174,16 @@ class Gate:
         return not rejecting and any(window.ends_ns and window.passes for window in self._windows)
 
     def _rejects(self, now_ns: int) -> bool:
-        return any(window.ends_ns and window.ends_ns > now_ns and not window.passes for window in self._windows)
+        return self._unseen is not None or any(
+            window.ends_ns and window.ends_ns > now_ns and not window.passes for window in self._windows
+        )
+
+    def _look_for_unseen(self, now_ns: int) -> None:
+        if self._unseen is not None:
+            self._estimate(self._unseen)
+            due_ns = self._unseen.due_ns
+            if due_ns is not None and now_ns >= due_ns + self.pulse_ns:
+                self._unseen, self._abandoned = None, False
 
     def _estimate(self, window: Window) -> None:
         """When the part is due: with an encoder that moves with the speed, and where the part was captured is known

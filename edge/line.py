@@ -12,11 +12,12 @@ from typing import Protocol
 
 import msgspec
 
+from stpm.edge.at_gate import AtGate
 from stpm.edge.camera.messages import FrameReady
 from stpm.edge.config import Station
 from stpm.edge.engine.messages import EngineReady, Inspect, Inspected, InspectionFailed
-from stpm.edge.errors import EngineError, PlcError
-from stpm.edge.gate import MS, Edge, Gate
+from stpm.edge.errors import ConfigError, EngineError, PlcError
+from stpm.edge.gate import MS
 from stpm.edge.health import Health
 from stpm.edge.latency import Latency
 from stpm.edge.parts import Counts, Part
@@ -24,7 +25,7 @@ from stpm.edge.plc import messages as plc
 from stpm.edge.plc.base import Link
 from stpm.edge.policy import Verdict, judge
 
-# a jump of the PLC's trigger numbers beyond this is a PLC that counts anew, not parts that were missed
+# parts that were missed and get a verdict each; a jump of the PLC's numbers beyond this is a PLC that counts anew
 LONGEST_GAP = 100
 FREE_RUN = 0  # the trigger of a frame that answers none
 
@@ -73,12 +74,13 @@ class Line:
         self._triggered = station.camera.trigger == "software"
         self._latest = station.camera.policy == "latest" and not recorded
         self.health, self.counts, self.latency = Health(), Counts(), Latency()
-        self.gate = Gate(station.gate, self._at_gate)
+        self.gate = AtGate(station.gate, self.health, self.counts, self.latency, self)
         self.enabled = not station.plc.enable
         self.ended = False  # no further frame will come
         self._deadline_ns = round(station.parts.deadline_ms * MS)
         self._expire_ns = round(station.plc.expire_ms * MS)
         self._key = self._id = self._trigger_number = 0
+        self._unnumbered = False  # triggers come without a number
         self._next_number = 1  # of the camera's frames
         self._asked_for_frame = False
         self._newest: tuple[FrameReady, int] | None = None  # free run, policy latest: waits for the engine since
@@ -86,8 +88,6 @@ class Line:
         self._queue: deque[Part] = deque()  # with a frame, for the engine
         self._asked: dict[int, Part] = {}  # in an engine
         self._sent: dict[int, Part] = {}  # on the link, by id
-        self._at_the_gate: dict[int, Part] = {}  # by key
-        self._edges: dict[tuple[int, bool], Edge] = {}  # on the link
         self._rejects_in_a_row = 0
         self._beat_ns = round(station.plc.heartbeat_s * 1e9)
         self._next_beat_ns = 0
@@ -105,8 +105,10 @@ class Line:
             why = why if self._triggered else 'camera.trigger is not "software"'
             self.journal.event("plc", f"a trigger was ignored: {why}")
             return
+        self._unnumbered = number is None
         if number is not None and not self._number_is_next(number, at_ns, now_ns):
             return
+        self.gate.triggered(at_ns)
         part = self._new_part(at_ns, number)
         self._awaiting[part.key] = part
         if not self._take_picture(part.key):
@@ -158,13 +160,12 @@ class Line:
         self._give_back(part)
         self._work(now_ns)
 
-    def engine_lost(self, keys: list[int], sentence: str, now_ns: int) -> None:
-        """The engine that had these parts is dead; its parts are not waited for."""
-        for key in keys:
-            part = self._asked.pop(key, None)
-            if part is not None:
-                self._judge(part, judge(None, 0, sentence), now_ns)
-                self._give_back(part)
+    def engine_lost(self, key: int, sentence: str, now_ns: int) -> None:
+        """The engine that had this part is dead; the part is not waited for."""
+        part = self._asked.pop(key, None)
+        if part is not None:
+            self._judge(part, judge(None, 0, sentence), now_ns)
+            self._give_back(part)
 
     def camera_lost(self, sentence: str, now_ns: int) -> None:
         """The camera process is gone: what was asked of it does not come. Its successor counts frames from 1."""
@@ -172,6 +173,9 @@ class Line:
         self._asked_for_frame = False
         for part in list(self._awaiting.values()):
             self._judge(part, judge(None, 0, sentence), now_ns)
+        uncounted = not (self._triggered or self._latest or self._recorded or self.gate.used)
+        if uncounted and self.health.phase == "RUNNING":
+            self._out_of_step(f"{sentence}; how many parts went past meanwhile, nobody has counted")
 
     def link_event(self, event: plc.Incoming, now_ns: int) -> None:
         match event:
@@ -186,7 +190,7 @@ class Line:
                     self.journal.event("plc", "the PLC link is there again")
             case plc.Disconnected(_, sentence):
                 if self.health.fault("plc", sentence, PlcError.exit_code):
-                    self._tell_alarm(sentence)
+                    self.alarm(sentence)
             case plc.PeerBeat(at_ns):
                 self._peer_heard_ns = at_ns
                 if self.health.settle("silence"):
@@ -194,31 +198,26 @@ class Line:
             case plc.ClearAsked():
                 self.clear("the PLC")
             case plc.Switched(id, active, at_ns):
-                edge = self._edges.pop((id, active), None)
-                if edge is not None:
-                    self.latency.add("gate jitter", abs(at_ns - edge.due_ns))
+                self.gate.switched(id, active, at_ns)
             case plc.Unswitched(id, active, _, reason):
-                newest = bool(self._edges) and (id, active) == next(reversed(self._edges))
-                self._edges.pop((id, active), None)
-                self._not_switched(active, reason)
-                if newest:
-                    self.gate.not_switched(now_ns)
+                self.gate.not_switched(id, active, reason, now_ns)
+            case plc.GateReleased(_, sentence):
+                self.gate.released(sentence, now_ns)
             case plc.Triggered(at_ns, number):
                 self.triggered(at_ns, number, now_ns)
             case plc.Counted(at_ns, count):
-                if self.gate.encoder is not None:
-                    self.gate.encoder.add(at_ns, count)
+                self.gate.counted(at_ns, count)
             case plc.GateTimes(_, delay, pulse_ms):
-                self.gate.delay = delay or self.gate.delay
-                self.gate.pulse_ns = pulse_ms * MS or self.gate.pulse_ns
-                self.journal.event("plc", f"gate times set: delay {delay}, pulse {pulse_ms} ms")
+                self.gate.set_times(delay, pulse_ms)
             case plc.Enabled(_, on):
                 if on != self.enabled:
                     self.enabled = on
                     self.journal.event("plc", f"inspection {'enabled' if on else 'disabled'}")
-            case plc.Garbage(_, what):
-                self.counts.garbage += 1
+            case plc.Garbage(_, what, lost, count):
+                self.counts.garbage += count
                 self.journal.event("plc", what)
+                if lost and self._unnumbered:
+                    self._out_of_step(f"{what}; it may have been a trigger, and triggers have no numbers here")
             case _:
                 raise AssertionError(f"{event} is not for the line")
 
@@ -229,8 +228,7 @@ class Line:
                 self._late(part, now_ns)
         self._work(now_ns)
         self._listen(now_ns)
-        if self.gate.used:
-            self._work_gate(now_ns)
+        self.gate.tick(now_ns)
         self._announce()
         if now_ns >= self._next_beat_ns:
             counts = self.counts
@@ -241,7 +239,7 @@ class Line:
         """When `tick` has something to do next, as far as it is known now."""
         waiting = [*self._awaiting.values(), *self._queue, *self._asked.values()]
         times = [part.began_ns + self._deadline_ns + 1 for part in waiting if part.verdict is None]
-        gate = self.gate.due_ns() if self.gate.used else None
+        gate = self.gate.due_ns()
         return min([self._next_beat_ns, *times, *([gate] if gate is not None else [])])
 
     def clear(self, by: str) -> None:
@@ -285,9 +283,7 @@ class Line:
         self._id = number if number is not None else self._id + 1
         known = self.engines.known(self.engines.active)
         part = Part(self._id, self._key, self.engines.active, known, began_ns)
-        if self.gate.used:
-            self._at_the_gate[part.key] = part
-            self.gate.plan(part.key, began_ns, part.id)
+        self.gate.expect(part)
         if self.health.phase == "READY":
             self.health.phase = "RUNNING"
         return part
@@ -305,15 +301,19 @@ class Line:
             sentence = f"the PLC counts its triggers from {number}, after {last}"
             self.journal.event("plc", sentence)
             if number > last:
-                self.health.fault("missed", sentence, PlcError.exit_code, latched=True)
+                self._out_of_step(sentence)
         return True
 
     def _missed(self, numbers: range, sentence: str, at_ns: int, now_ns: int) -> None:
         """Parts went past of which nothing was seen: each is rejected, and FAULT stays until somebody has looked."""
         for number in numbers:
             self._judge(self._new_part(at_ns, number), judge(None, 0, sentence), now_ns)
+        self._out_of_step(sentence)
+
+    def _out_of_step(self, sentence: str) -> None:
+        """The PLC's parts and ours may not be the same any more: FAULT until somebody has looked."""
         if self.health.fault("missed", sentence, PlcError.exit_code, latched=True):
-            self._tell_alarm(sentence)
+            self.alarm(sentence)
 
     def _count_lost(self, missed: int, captured: int, now_ns: int) -> None:
         """Frames that did not come before this one: the device left them out, or (`captured` of them) we did."""
@@ -322,23 +322,26 @@ class Line:
             self.counts.dropped["lost in the camera"] += captured
         if not missed or not self.enabled or self.finishing:
             return
+        sentence = f"the camera lost {missed} frames"
         if self._latest:
-            self.journal.event("camera", f"{missed} frames were lost in the camera")
+            self.journal.event("camera", sentence)
+        elif missed > LONGEST_GAP:
+            self._id += missed
+            self._out_of_step(sentence)
         else:
             first = self._id + 1
-            self._missed(range(first, first + missed), f"the camera lost {missed} frames", now_ns, now_ns)
+            self._missed(range(first, first + missed), sentence, now_ns, now_ns)
 
     def _got_frame(self, part: Part, frame: FrameReady, now_ns: int) -> None:
         part.frame, part.arrived_ns = frame, now_ns
-        if part.key in self._at_the_gate:
-            self.gate.plan(part.key, frame.captured_ns)
+        self.gate.captured(part, frame.captured_ns)
         if frame.problem or frame.slot is None:
             self._judge(part, judge(None, 0, frame.problem or "the frame could not be kept"), now_ns)
             self._give_back(part)
         elif len(self._queue) >= self.station.parts.queue:
             sentence = f"{len(self._queue)} frames wait for the engine"
             if self.health.warn("overrun", sentence, EngineError.exit_code, latched=True):
-                self._tell_alarm(f"overrun: {sentence}")
+                self.alarm(f"overrun: {sentence}")
             self._judge(part, judge(None, 0, f"overrun: {sentence}"), now_ns)
             self._give_back(part)
         else:
@@ -371,11 +374,30 @@ class Line:
         assert frame is not None
         assert frame.slot is not None
         part.known = self.engines.known(part.recipe)  # a bundle may have been replaced since the part began
+        problem = self._misfit(part.known, frame)
+        if problem:
+            self._judge(part, judge(None, 0, problem), now_ns)
+            self._give_back(part)
+            return
         part.asked_ns = now_ns
         self._asked[part.key] = part
         with_map = bool(self.station.journal.folder)
         question = Inspect(part.key, frame.slot, frame.shape, part.known.threshold, with_map)
         self.engines.ask(part.recipe, question, now_ns)
+
+    def _misfit(self, known: EngineReady, frame: FrameReady) -> str:
+        """Why the bundle cannot judge a frame of that size; empty when it can."""
+        height, width = frame.shape[:2]
+        if (width, height) == known.photo_size or self.health.simulated:
+            self.health.settle("size")
+            return ""
+        sentence = (
+            f"the frame has {width}×{height} pixels and the bundle was built from photos of "
+            f"{known.photo_size[0]}×{known.photo_size[1]}"
+        )
+        if self.health.warn("size", sentence, ConfigError.exit_code):
+            self.alarm(f"{sentence}: set camera.width and camera.height")
+        return sentence
 
     def _late(self, part: Part, now_ns: int) -> None:
         if part.verdict is not None:
@@ -411,7 +433,7 @@ class Line:
                 part.began_ns + self._expire_ns,
             )
         )
-        self.gate.decide(part.key, verdict.verdict == "PASS")
+        self.gate.judged(part)
         self._alarm(verdict)
         self._tell(part, verdict)
         # an engine that is late still reads the slot: no picture then
@@ -426,11 +448,7 @@ class Line:
         elif limit and self._rejects_in_a_row >= limit:
             sentence = f"{self._rejects_in_a_row} parts in a row were rejected"
             if self.health.warn("rejects", sentence):
-                self._tell_alarm(sentence)
-
-    def _tell_alarm(self, sentence: str) -> None:
-        self.journal.event("alarm", sentence)
-        self._report(f"ALARM: {sentence}")
+                self.alarm(sentence)
 
     def _tell(self, part: Part, verdict: Verdict) -> None:
         score = "-" if verdict.score is None else f"{verdict.score:.3e}"
@@ -453,12 +471,12 @@ class Line:
         part = self._sent.pop(id, None)
         if part is not None:
             self._close(part, "undelivered")
-            self._tell_alarm(f"the PLC has not got the verdict of part {id}: {reason}")
+            self.alarm(f"the PLC has not got the verdict of part {id}: {reason}")
 
     def _close(self, part: Part, delivery: str) -> None:
         part.delivery = delivery
         self.counts.undelivered += delivery == "undelivered"
-        self.journal.outcome(part, last=part.key not in self._at_the_gate)
+        self.journal.outcome(part, last=part not in self.gate)
 
     def _listen(self, now_ns: int) -> None:
         """A PLC that has stopped beating may have stopped reading too."""
@@ -470,13 +488,14 @@ class Line:
         if now_ns - self._peer_heard_ns > longest_s * 1e9:
             sentence = f"the PLC has not beaten for {longest_s:g} s"
             if self.health.fault("silence", sentence, PlcError.exit_code):
-                self._tell_alarm(sentence)
+                self.alarm(sentence)
 
     def _announce(self) -> None:
         """Tell the PLC, the journal and the terminal when the state has changed."""
         health = self.health
         active = self.engines.active
-        state = plc.State(health.state, health.reason, active, health.code, self.engines.bundle(active))
+        bundle = self.engines.bundle(active)
+        state = plc.State(health.state, health.reason, active, health.code, bundle, self.enabled)
         before, self._announced = self._announced, state
         if state != before:
             self.link.post(state)
@@ -485,36 +504,20 @@ class Line:
             self.journal.event("state", text)
             self._report(text)
 
-    def _work_gate(self, now_ns: int) -> None:
-        encoder = self.gate.encoder
-        if encoder is not None and encoder.lost(now_ns):
-            if self.health.fault("encoder", "the encoder is not heard", PlcError.exit_code):
-                self._tell_alarm("the encoder is not heard: all parts on the way are rejected")
-            self.gate.abandon()
-        elif encoder is not None and self.health.settle("encoder"):
-            self.journal.event("state", "the encoder is heard again")
-        self.gate.hold(self.health.state not in ("READY", "RUNNING", "DEGRADED"))
-        for edge in self.gate.edges(now_ns):
-            self._edges[edge.part, edge.active] = edge
-            self.link.post(plc.Gate(edge.part, edge.active))
+    # --- what the gate tells
 
-    def _not_switched(self, active: bool, reason: str) -> None:
-        self.counts.gates["not switched"] += 1
-        sentence = f"the gate was not switched {'on' if active else 'off'}: {reason}"
-        self._tell_alarm(sentence)
-        # the other edge only costs a good part
-        if active == (self.station.gate.polarity == "reject"):
-            self.health.fault("gate", f"{sentence}; a part may have passed", PlcError.exit_code, latched=True)
+    def post(self, message: plc.Gate) -> None:
+        self.link.post(message)
 
-    def _at_gate(self, key: int, outcome: str) -> None:
-        part = self._at_the_gate.pop(key)
-        part.gate = outcome
-        self.counts.gates[outcome] += 1
+    def event(self, kind: str, text: str) -> None:
+        self.journal.event(kind, text)
+
+    def alarm(self, sentence: str) -> None:
+        self.journal.event("alarm", sentence)
+        self._report(f"ALARM: {sentence}")
+
+    def past_gate(self, part: Part) -> None:
         self.journal.outcome(part, last=self._sent.get(part.id) is not part)
-        if outcome == "missed":
-            sentence = f"part {part.id} was past the gate before it could be rejected: gate.delay_ms is too short"
-            if self.health.fault("gate", sentence, PlcError.exit_code, latched=True):
-                self._tell_alarm(sentence)
 
     # --- slots
 

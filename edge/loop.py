@@ -48,6 +48,7 @@ class Loop:
             report,
             self._camera.recorded,
         )
+        self._settings: dict[str, tuple[str, str]] = {}  # what was asked of the camera, and what it said at the start
         self._control: Control | None = None
         self._notify = Notify()
         self._stop_asked = False
@@ -98,6 +99,7 @@ class Loop:
         self._report("engine: " + ", ".join(known.description.values()))
         opened = self._camera.opened
         if opened is not None:
+            self._settings = opened.settings
             self._report(f"camera: {opened.description}")
             for name, (asked, found) in opened.settings.items():
                 if asked != found:
@@ -108,7 +110,9 @@ class Loop:
         gc.collect()
         gc.freeze()  # what is there now stays; later collections are short
         self.line.health.phase = "READY"
-        self.line.tick(time.monotonic_ns())
+        now = time.monotonic_ns()
+        self._look_after(now)  # what has broken since it came up
+        self.line.tick(now)
         self._notify.say("READY=1")
 
     def _begin_journal(self) -> None:
@@ -151,7 +155,7 @@ class Loop:
         for answer in answers:
             line.inspected(answer, now)
         for key, sentence in lost:
-            line.engine_lost([key], sentence, now)
+            line.engine_lost(key, sentence, now)
         for event in self._link.events():
             if isinstance(event, plc.RecipeAsked):
                 self._recipes.switch(event.recipe, self._told("the PLC"), now)
@@ -169,6 +173,7 @@ class Loop:
         if self._control is not None:
             for request, reply in self._control.poll():
                 self._answer(request, reply, now)
+        self._link.alive(now)
         self._notify.alive(now)
 
     def _wait_s(self) -> float:
@@ -198,11 +203,27 @@ class Loop:
             self._settle("camera", "camera")
         else:
             self._raise("camera", "camera", self._camera.error or "the camera is opening", CameraError.exit_code)
+        self._compare_settings()
         if self.record.problem:
             if health.warn("journal", self.record.problem, StorageError.exit_code):
                 self._report(f"journal: {self.record.problem}")
         elif health.settle("journal"):
             self._report("journal: is written again")
+
+    def _compare_settings(self) -> None:
+        """A camera that was opened again may have come back with other settings than at the start."""
+        opened = self._camera.opened
+        if opened is None:
+            return
+        changed = [
+            f"camera.{name} is {found} now, and was {self._settings[name][1]}"
+            for name, (_, found) in opened.settings.items()
+            if name in self._settings and found != self._settings[name][1]
+        ]
+        if not changed:
+            self._settle("settings", "camera")
+        elif self.line.health.warn("settings", "; ".join(changed), CameraError.exit_code):
+            self.line.alarm("; ".join(changed))
 
     def _raise(self, name: str, kind: str, sentence: str, code: int) -> None:
         if self.line.health.fault(name, sentence, code):

@@ -65,6 +65,8 @@ def test_options_override_the_file(file):
         ({"gate.mode": "magic"}, ["magic", "gate.mode"]),
         ({"parts.queue": 0}, ["parts.queue", "1"]),
         ({"gate.pulse_ms": -5}, ["gate.pulse_ms"]),
+        ({"parts.queue": 25}, ["parts.queue", "24"]),
+        ({"station": 3, "station.name": "x"}, ["`station` is 3", "[station]"]),
     ],
 )
 def test_a_mistake_is_named_with_the_file_and_the_nearest_known_key(file, override, words):
@@ -94,7 +96,12 @@ def test_a_file_that_is_not_toml_or_not_there(tmp_path):
         ({"camera.policy": "latest"}, "a gate needs every part"),
         ({"camera.trigger": "software", "plc.port": "none"}, "needs a PLC that triggers"),
         ({"camera.trigger": "software", "plc.protocol": "pins"}, "needs a PLC that triggers"),
-        ({"recipes": {"one": "bundle"}}, "recipes have numbers"),
+        *(({"recipes": {key: "bundle"}}, "recipes have numbers") for key in ("one", "0", "01", "65536", "-1")),
+        ({"recipe": 7}, r"recipe 7 is not in \[recipes\]: known are 1, 2"),
+        ({"recipe": 2, "recipes": {}}, r"recipe 2 is not in \[recipes\]: known are 1"),
+        ({"plc.protocol": "pins", "plc.pins.ready": "rts"}, "gate and ready are both rts"),
+        ({"plc.protocol": "modbus-master", "plc.io": None, "plc.map.status_bits": 3}, "overlap"),
+        ({"plc.protocol": "modbus-slave", "plc.map.mirror_registers": 3}, "overlap"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(file, override, words):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from stpm.edge.config import GateSettings
-from stpm.edge.gate import MS, Encoder, Gate
+from stpm.edge.gate import MS, Gate
+
+LONG_AGO = -(10**12)  # so that nothing can have gone past unseen
 
 
 class Bench:
@@ -35,7 +37,7 @@ def on(levels, since_ms=0):
 
 def test_a_rejected_part_gets_one_pulse_after_its_delay_from_capture():
     bench = Bench(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     bench.gate.plan(1, 5 * MS)
     bench.gate.plan(2, 50 * MS)
     bench.gate.decide(1, False)
@@ -47,7 +49,7 @@ def test_a_rejected_part_gets_one_pulse_after_its_delay_from_capture():
 
 def test_a_passed_part_opens_a_gate_that_is_closed_otherwise():
     bench = Bench(mode="delay", polarity="accept", delay_ms=100, pulse_ms=20)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     for part, captured in ((1, 0), (2, 40), (3, 80)):
         bench.gate.plan(part, captured * MS)
     bench.gate.decide(1, True)
@@ -60,7 +62,7 @@ def test_a_passed_part_opens_a_gate_that_is_closed_otherwise():
 @pytest.mark.parametrize("polarity", ["accept", "reject"])
 def test_a_verdict_after_the_part_has_passed_changes_nothing(polarity):
     bench = Bench(mode="delay", polarity=polarity, delay_ms=10, pulse_ms=20)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     bench.gate.plan(1, 0)
     levels = bench.run(60, at=lambda ms: bench.gate.decide(1, True) if ms == 11 else None)
     assert on(levels) == ([] if polarity == "accept" else [(10, 30)])
@@ -69,7 +71,7 @@ def test_a_verdict_after_the_part_has_passed_changes_nothing(polarity):
 
 def test_the_reject_wins_where_two_pulses_overlap():
     bench = Bench(mode="delay", polarity="accept", delay_ms=0, pulse_ms=50)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     for part, captured, passes in ((1, 10, True), (2, 30, False), (3, 60, True), (4, 200, True)):
         bench.gate.plan(part, captured * MS)
         bench.gate.decide(part, passes)
@@ -80,7 +82,7 @@ def test_the_reject_wins_where_two_pulses_overlap():
 
 def test_overlapping_rejects_are_one_pulse():
     bench = Bench(mode="delay", polarity="reject", delay_ms=0, pulse_ms=50)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     for part, captured in ((1, 10), (2, 30)):
         bench.gate.plan(part, captured * MS)
     assert on(bench.run(200)) == [(10, 80)]
@@ -93,33 +95,33 @@ def test_while_it_is_held_the_level_rejects_and_no_part_counts_as_passed(polarit
     bench.gate.decide(1, True)
     assert set(bench.run(40)) == {level}
     assert bench.decisions == {1: "rejected"}
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     assert on(bench.run(60, 40), 40) == []
     assert not bench.gate.waiting
 
 
 def test_a_fault_closes_an_open_gate_at_once():
     bench = Bench(mode="delay", polarity="accept", delay_ms=0, pulse_ms=100)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     bench.gate.plan(1, 0)
     bench.gate.decide(1, True)
-    assert on(bench.run(150, at=lambda ms: bench.gate.hold(ms >= 30))) == [(0, 30)]
+    assert on(bench.run(150, at=lambda ms: bench.gate.hold(ms >= 30, ms * MS))) == [(0, 30)]
 
 
 def test_a_part_that_is_past_the_gate_before_anybody_knows_of_it_is_missed_and_no_other_is_hit():
     bench = Bench(mode="delay", polarity="reject", delay_ms=10, pulse_ms=20)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     bench.run(100)
     bench.gate.plan(1, 0)  # was due at 10, and is long past
-    bench.gate.plan(2, 80 * MS)  # was due at 90: what is left of its pulse
+    bench.gate.plan(2, 80 * MS)  # was due at 90: its pulse begins late, and is whole
     bench.gate.plan(3, 150 * MS)
-    assert on(bench.run(250, 100), 100) == [(100, 110), (160, 180)]
+    assert on(bench.run(250, 100), 100) == [(100, 120), (160, 180)]
     assert bench.decisions == {1: "missed", 2: "rejected", 3: "rejected"}
 
 
 def test_a_part_is_due_from_its_frame_when_that_comes_after_its_trigger():
     bench = Bench(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     bench.gate.plan(1, 0)
     bench.gate.plan(1, 7 * MS)
     assert on(bench.run(200)) == [(107, 127)]
@@ -127,7 +129,7 @@ def test_a_part_is_due_from_its_frame_when_that_comes_after_its_trigger():
 
 def test_a_pulse_that_is_over_does_not_reject_the_next_part_though_nobody_looked_in_between():
     bench = Bench(mode="delay", polarity="accept", delay_ms=0, pulse_ms=10)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     bench.gate.plan(1, 10 * MS)
     bench.gate.plan(2, 25 * MS)
     bench.gate.decide(2, True)
@@ -137,48 +139,18 @@ def test_a_pulse_that_is_over_does_not_reject_the_next_part_though_nobody_looked
 
 def test_due_is_the_next_change():
     gate = Gate(GateSettings(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20))
-    gate.hold(False)
+    gate.hold(False, LONG_AGO)
     assert gate.due_ns() is None
     gate.plan(1, 7)
     assert gate.due_ns() == 100 * MS + 7
     assert [edge.due_ns for edge in gate.edges(100 * MS + 9)] == [100 * MS + 7]
-    assert gate.due_ns() == 120 * MS + 7
-
-
-def test_the_encoder_interpolates_extrapolates_and_wraps():
-    encoder = Encoder(200 * MS)
-    assert encoder.lost(0)
-    assert encoder.count_at(0) is None
-    start = (1 << 32) - 150
-    for step in range(5):
-        encoder.add(step * 100 * MS, (start + 100 * step) % (1 << 32))
-    assert encoder.count_at(150 * MS) == start + 150
-    assert encoder.count_at(450 * MS) == start + 450
-    assert encoder.time_of(start + 600) == 600 * MS
-    assert not encoder.lost(600 * MS)
-    assert encoder.lost(601 * MS)
-
-
-def test_two_counts_of_one_moment_are_one():
-    encoder = Encoder(200 * MS)
-    for ns, count in ((0, 0), (MS, 10), (MS, 11), (2 * MS, 20)):
-        encoder.add(ns, count)
-    assert encoder.count_at(MS) == 10
-    assert encoder.time_of(30) == 3 * MS
-
-
-def test_an_encoder_that_stands_says_never_and_one_that_runs_back_a_little_does_not_jump():
-    encoder = Encoder(200 * MS)
-    for ms, count in ((0, 100), (10, 110), (20, 105), (30, 105), (40, 105), (50, 105)):
-        encoder.add(ms * MS, count)
-    assert encoder.count_at(50 * MS) == 105
-    assert encoder.time_of(120) is None
+    assert gate.due_ns() == 120 * MS + 9  # it began 2 ns late
 
 
 @pytest.mark.parametrize("speed", [lambda ms: 1.0, lambda ms: 1.0 if ms < 80 else 0.5, lambda ms: float(ms % 40 < 20)])
 def test_with_an_encoder_the_pulse_comes_at_its_count_whatever_the_speed(speed):
-    bench = Bench(mode="encoder", polarity="reject", counts=100, pulse_ms=20, encoder_timeout_ms=50)
-    bench.gate.hold(False)
+    bench = Bench(mode="encoder", polarity="accept", counts=100, pulse_ms=20, encoder_timeout_ms=50)
+    bench.gate.hold(False, LONG_AGO)
     position = np.cumsum([0.0, *(speed(ms) for ms in range(600))])
 
     def at(ms):
@@ -186,7 +158,7 @@ def test_with_an_encoder_the_pulse_comes_at_its_count_whatever_the_speed(speed):
             bench.gate.encoder.add(ms * MS, int(position[ms]))
         if ms == 30:
             bench.gate.plan(1, 22 * MS)  # captured 8 ms ago
-            bench.gate.decide(1, False)
+            bench.gate.decide(1, True)
 
     (first, last) = on(bench.run(600, at=at))[0]
     wanted = int(np.searchsorted(position, position[22] + 100))
@@ -196,8 +168,8 @@ def test_with_an_encoder_the_pulse_comes_at_its_count_whatever_the_speed(speed):
 
 def test_a_belt_that_stops_just_before_the_capture_is_known_with_the_next_count():
     """At the capture the last count was 10 ms old and the belt seemed to run; it had stopped."""
-    bench = Bench(mode="encoder", polarity="reject", counts=50, pulse_ms=20, encoder_timeout_ms=500)
-    bench.gate.hold(False)
+    bench = Bench(mode="encoder", polarity="accept", counts=50, pulse_ms=20, encoder_timeout_ms=500)
+    bench.gate.hold(False, LONG_AGO)
     counts = {0: 0, 10: 10, 30: 10, 100: 10, 110: 20, 120: 30, 130: 40, 140: 50, 150: 60, 160: 70}
 
     def at(ms):
@@ -205,6 +177,7 @@ def test_a_belt_that_stops_just_before_the_capture_is_known_with_the_next_count(
             bench.gate.encoder.add(ms * MS, counts[ms])
         if ms == 20:
             bench.gate.plan(1, 20 * MS)
+            bench.gate.decide(1, True)
 
     # at count 10 + 50, which is at 150 ms, and not at 20 + 50
     assert on(bench.run(200, at=at)) == [(150, 170)]
@@ -222,14 +195,15 @@ def test_parts_are_abandoned_when_the_encoder_is_lost():
 def test_a_place_does_not_move_any_more_once_it_is_known():
     """The belt runs, and then at half its speed for far longer than counts are kept."""
     encoder_counts = [min(ms, 100) + max(ms - 100, 0) // 2 for ms in range(3000)]
-    bench = Bench(mode="encoder", polarity="reject", counts=1000, pulse_ms=20, encoder_timeout_ms=500)
-    bench.gate.hold(False)
+    bench = Bench(mode="encoder", polarity="accept", counts=1000, pulse_ms=20, encoder_timeout_ms=500)
+    bench.gate.hold(False, LONG_AGO)
 
     def at(ms):
         if ms % 10 == 0:
             bench.gate.encoder.add(ms * MS, encoder_counts[ms])
         if ms == 50:
             bench.gate.plan(1, 50 * MS)
+            bench.gate.decide(1, True)
 
     wanted = encoder_counts.index(50 + 1000)
     assert abs(on(bench.run(3000, at=at))[0][0] - wanted) <= 4
@@ -237,7 +211,7 @@ def test_a_place_does_not_move_any_more_once_it_is_known():
 
 def test_an_edge_that_did_not_get_through_is_given_again_after_a_moment():
     bench = Bench(mode="delay", polarity="reject", delay_ms=0, pulse_ms=500)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     bench.gate.plan(1, 0)
     bench.run(20, at=lambda ms: bench.gate.not_switched(ms * MS) if ms == 10 else None)
     assert bench.edges == [(0, 1, True)]
@@ -248,11 +222,72 @@ def test_an_edge_that_did_not_get_through_is_given_again_after_a_moment():
 
 def test_a_passed_part_that_was_seen_too_late_is_not_said_to_have_passed():
     bench = Bench(mode="delay", polarity="accept", delay_ms=0, pulse_ms=10)
-    bench.gate.hold(False)
+    bench.gate.hold(False, LONG_AGO)
     bench.gate.plan(1, 0)
     bench.gate.decide(1, True)
     assert bench.gate.edges(50 * MS) == []
     assert bench.decisions == {1: "rejected"}
+
+
+def test_after_a_fault_a_rejecting_gate_rejects_until_the_last_part_that_it_may_not_have_seen_is_past():
+    bench = Bench(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20)
+    levels = bench.run(300, at=lambda ms: bench.gate.hold(ms < 50, ms * MS))
+    assert on(levels) == [(0, 50 + 100 + 20)]
+
+
+def test_after_a_fault_an_accepting_gate_passes_what_had_a_pass_before_it():
+    bench = Bench(mode="delay", polarity="accept", delay_ms=100, pulse_ms=20)
+    bench.gate.plan(1, 0)
+    bench.gate.decide(1, True)
+    levels = bench.run(300, at=lambda ms: bench.gate.hold(10 < ms < 50, ms * MS))
+    assert on(levels) == [(100, 120)]
+
+
+@pytest.mark.parametrize("polarity", ["accept", "reject"])
+def test_with_an_encoder_the_unseen_parts_are_past_when_the_belt_has_moved_so_far(polarity):
+    """The encoder is lost at 100 and is heard again at 200; the belt stands from 230 to 330."""
+    bench = Bench(mode="encoder", polarity=polarity, counts=100, pulse_ms=20)
+    counts = [*range(1000, 1230), *([1230] * 100), *range(1230, 2000)]
+
+    def at(ms):
+        if ms % 5 == 0 and not 100 <= ms < 200:
+            bench.gate.encoder.add(ms * MS, counts[ms])
+        if ms % 40 == 0:  # in front of the camera all the time, and all good
+            bench.gate.plan(ms + 1, ms * MS)
+            bench.gate.decide(ms + 1, True)
+        if ms == 100:
+            bench.gate.abandon()
+        bench.gate.hold(100 <= ms < 200, ms * MS)
+
+    levels = bench.run(600, at=at)
+    # 100 counts after 200 the belt is at 1300, which is at 400 ms; a pulse later it works again
+    rejecting = [level == (polarity == "reject") for level in levels]
+    assert all(rejecting[100:418])
+    assert not all(rejecting[422:600])
+
+
+def test_what_was_abandoned_counts_as_rejected_once():
+    bench = Bench(mode="encoder", polarity="accept", counts=100, pulse_ms=20)
+    bench.gate.plan(1, 0)
+    bench.gate.decide(1, True)
+    bench.gate.abandon()
+    bench.gate.decide(1, True)
+    bench.gate.abandon()
+    bench.run(50)
+    assert bench.decisions == {1: "rejected"}
+
+
+def test_times_of_the_plc_hold_for_later_parts_and_zero_goes_back_to_the_stations():
+    bench = Bench(mode="delay", polarity="accept", delay_ms=100, pulse_ms=20)
+    bench.gate.hold(False, LONG_AGO)
+    bench.gate.set_times(200, 30)
+    bench.gate.plan(1, 0)
+    bench.gate.set_times(0, 0)
+    bench.gate.plan(2, 0)
+    for part in (1, 2):
+        bench.gate.decide(part, True)
+    # the pulse is one for all
+    assert on(bench.run(400)) == [(100, 120), (200, 220)]
 
 
 def test_ten_thousand_parts_at_random_never_open_the_gate_for_a_part_that_may_not_pass():
@@ -264,7 +299,7 @@ def test_ten_thousand_parts_at_random_never_open_the_gate_for_a_part_that_may_no
         now += int(random.integers(1, 30) * MS)
         while (next_ns := gate.due_ns()) is not None and next_ns <= now:
             level = _step(gate, next_ns, level, due, passes)
-        gate.hold(bool(random.random() < 0.1))
+        gate.hold(bool(random.random() < 0.1), now)
         gate.plan(part, now)
         due[part] = now + 40 * MS
         passes[part] = bool(random.random() < 0.7)

@@ -1,156 +1,12 @@
 """The line: every part gets exactly one outcome, whatever happens. No process and no clock: time is a number."""
 
-from collections import deque
-
 import msgspec
 import numpy as np
 import pytest
+from line_bench import KNOWN, THRESHOLD, Bench
 
-from stpm.edge.camera.messages import FrameReady
-from stpm.edge.config import read_station
-from stpm.edge.engine.messages import EngineReady, Inspected, InspectionFailed
 from stpm.edge.gate import MS
-from stpm.edge.line import Line
 from stpm.edge.plc import messages as plc
-
-THRESHOLD = 0.5
-KNOWN = EngineReady({"backend": "scripted"}, 0.0, "screw", "a" * 64, THRESHOLD, (64, 48), None)
-
-
-class Engines:
-    """Two recipes, each with an engine that is asked and answers when the test says so."""
-
-    def __init__(self):
-        self.active = 1
-        self.there = {1, 2}
-        self.bundles = {}
-        self.asked = {}
-
-    def known(self, recipe):
-        return self.bundles.get(recipe, KNOWN)
-
-    def bundle(self, recipe):
-        return KNOWN.sha256
-
-    def free(self, recipe):
-        return recipe in self.there and recipe not in self.asked
-
-    def ask(self, recipe, question, now_ns):
-        assert self.free(recipe)
-        self.asked[recipe] = question
-
-
-class Link:
-    """Delivers at once, unless told otherwise."""
-
-    def __init__(self):
-        self.posted, self.out, self.delivers = [], deque(), True
-
-    def post(self, message):
-        self.posted.append(message)
-        if isinstance(message, plc.Part) and self.delivers:
-            self.out.append(plc.Delivered(message.id, 0))
-        if isinstance(message, plc.Gate):
-            self.out.append(plc.Switched(message.id, message.active, 0))
-
-    def of(self, kind):
-        return [message for message in self.posted if isinstance(message, kind)]
-
-    @property
-    def verdicts(self):
-        return [(part.id, part.verdict) for part in self.of(plc.Part)]
-
-    @property
-    def states(self):
-        return [state.state for state in self.of(plc.State)]
-
-
-class Journal:
-    def __init__(self):
-        self.parts, self.outcomes, self.events, self.lends = [], {}, [], False
-
-    def part(self, part, lend):
-        self.parts.append((part.id, part.verdict.verdict, part.verdict.reason))
-        return self.lends and lend and part.frame is not None and part.frame.slot is not None
-
-    def outcome(self, part, last):
-        self.outcomes[part.id] = (part.delivery, part.gate, last)
-
-    def event(self, kind, text):
-        self.events.append((kind, text))
-
-
-class Bench:
-    """A line with everything around it, and a clock in milliseconds."""
-
-    def __init__(self, recorded=False, **settings):
-        self.station = read_station(None, {name.replace("__", "."): value for name, value in settings.items()})
-        self.engines, self.link, self.journal = Engines(), Link(), Journal()
-        self.taken, self.released, self.camera_there = [], [], True
-        self.ms, self.number, self.free = 0, 0, set(range(100))
-        self.line = Line(
-            self.station,
-            self.engines,
-            self.link,
-            self.journal,
-            self._take,
-            self._release,
-            lambda text: None,
-            recorded,
-        )
-        self.line.health.phase = "READY"
-        self.tick()
-
-    def _take(self, trigger):
-        if self.camera_there:
-            self.taken.append(trigger)
-        return self.camera_there
-
-    def _release(self, slot):
-        assert slot not in self.free, "a slot was given back twice"
-        self.free.add(slot)
-
-    @property
-    def now(self):
-        return self.ms * MS
-
-    def tick(self, ms=0):
-        self.ms += ms
-        while self.link.out:
-            self.line.link_event(self.link.out.popleft(), self.now)
-        self.line.tick(self.now)
-
-    def frame(self, trigger=None, problem="", missed=0, lost=0, with_slot=True, age_ms=0):
-        self.number += 1 + lost
-        slot = self.free.pop() if with_slot else None
-        self.line.frame_ready(
-            FrameReady(self.number, (self.ms - age_ms) * MS, "f", slot, (48, 64, 3), problem, trigger, missed),
-            self.now,
-        )
-
-    def trigger(self, number=None):
-        self.line.link_event(plc.Triggered(self.now, number), self.now)
-
-    def answer(self, score=0.1, recipe=1):
-        part = self.engines.asked.pop(recipe).part
-        self.line.inspected(Inspected(part, score, None, 0, None, self.now - MS, self.now), self.now)
-        self.tick()
-
-    def fail(self, sentence="out of order"):
-        part = self.engines.asked.pop(1).part
-        self.line.inspected(InspectionFailed(part, "EngineError", sentence), self.now)
-        self.tick()
-
-    def settled(self):
-        """All parts closed: the books balance and every slot is back."""
-        counts = self.line.counts
-        assert counts.balanced, counts
-        assert len(self.free) == 100
-        ids = [id for id, _ in self.link.verdicts]
-        assert len(ids) == len(set(ids)) == counts.judged
-        assert [id for id, _, _ in self.journal.parts] == ids
-        return counts
-
 
 # --- free run
 
@@ -256,7 +112,7 @@ def test_a_dead_engine_rejects_its_part_and_later_ones_wait_for_another_until_th
     bench = Bench(camera__policy="every", parts__deadline_ms=100)
     bench.frame()
     bench.engines.there.clear()
-    bench.line.engine_lost([bench.engines.asked.pop(1).part], "the engine has died", bench.now)
+    bench.line.engine_lost(bench.engines.asked.pop(1).part, "the engine has died", bench.now)
     bench.frame()
     bench.tick(50)
     bench.frame()
@@ -310,6 +166,66 @@ def test_a_camera_that_begins_again_counts_from_one():
     assert bench.settled().captured == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "recorded", "fault"),
+    [
+        ({"camera__policy": "every"}, False, True),
+        ({"camera__policy": "latest"}, False, False),
+        ({"camera__policy": "every"}, True, False),
+        ({"camera__policy": "every", "gate__mode": "delay", "gate__delay_ms": 100}, False, False),
+    ],
+)
+def test_parts_that_nobody_counted_while_the_camera_was_away_are_a_fault_where_the_plc_counts_too(
+    settings, recorded, fault
+):
+    bench = Bench(recorded, **settings)
+    bench.frame()
+    bench.answer()
+    bench.line.camera_lost("the camera has hung", bench.now)
+    bench.tick()
+    assert (bench.link.states[-1] == "FAULT") == fault
+    assert ("missed" in bench.line.health.conditions) == fault
+
+
+def test_a_device_that_says_it_lost_thousands_of_frames_does_not_become_thousands_of_records():
+    bench = Bench(camera__policy="every")
+    bench.frame()
+    bench.answer()
+    bench.frame(missed=5000)
+    bench.answer()
+    assert bench.link.verdicts == [(1, "PASS"), (5002, "PASS")]
+    assert bench.link.states[-1] == "FAULT"
+    assert "5000 frames" in bench.line.health.conditions["missed"].sentence
+    bench.settled()
+
+
+@pytest.mark.parametrize("policy", ["latest", "every"])
+def test_a_frame_of_another_size_than_the_bundles_photos_is_not_judged(policy):
+    bench = Bench(camera__policy=policy)
+    bench.frame(size=(128, 96))
+    assert bench.engines.asked == {}
+    bench.tick()
+    assert bench.link.states[-1] == "DEGRADED"
+    assert bench.link.of(plc.State)[-1].reason == "size"
+    assert bench.journal.parts[0][1:] == (
+        "UNKNOWN",
+        "the frame has 128×96 pixels and the bundle was built from photos of 64×48",
+    )
+    bench.frame()
+    bench.answer()
+    assert bench.link.verdicts == [(1, "UNKNOWN"), (2, "PASS")]
+    assert bench.link.states[-1] == "RUNNING"
+    bench.settled()
+
+
+def test_a_line_that_only_simulates_takes_frames_of_any_size():
+    bench = Bench()
+    bench.line.health.simulated = True
+    bench.frame(size=(128, 96))
+    bench.answer()
+    assert bench.link.verdicts == [(1, "PASS")]
+
+
 def test_frames_before_ready_are_no_parts_and_are_counted_with_those_that_were_not_announced():
     bench = Bench(camera__policy="every")
     bench.line.health.phase = "SELF_TEST"
@@ -322,7 +238,8 @@ def test_frames_before_ready_are_no_parts_and_are_counted_with_those_that_were_n
 
 
 def test_the_next_thing_that_is_due_is_a_deadline_a_beat_or_the_gate():
-    bench = gated(gate__polarity="reject", parts__deadline_ms=80, plc__heartbeat_s=0.3)
+    gate = {"gate__mode": "delay", "gate__delay_ms": 100, "gate__pulse_ms": 20}
+    bench = Bench(camera__policy="every", parts__deadline_ms=80, plc__heartbeat_s=0.3, **gate)
     assert bench.line.due_ns() == 300 * MS
     bench.ms = 10
     bench.frame()
@@ -473,6 +390,19 @@ def test_a_plc_that_counts_anew_costs_no_parts(restart):
     assert any("counts its triggers from" in text for _, text in bench.journal.events)
 
 
+@pytest.mark.parametrize(("number", "lost", "fault"), [(None, True, True), (None, False, False), (5, True, False)])
+def test_a_damaged_line_may_have_been_a_trigger_and_is_a_fault_where_no_number_will_tell(number, lost, fault):
+    bench = triggered()
+    bench.line.link_event(plc.Garbage(bench.now, "noise", lost=True), bench.now)  # before the first trigger
+    bench.trigger(number)
+    bench.frame(trigger=bench.taken[-1])
+    bench.answer()
+    bench.line.link_event(plc.Garbage(bench.now, "3 damaged lines", lost=lost, count=3), bench.now)
+    bench.tick()
+    assert (bench.link.states[-1] == "FAULT") == fault
+    assert bench.line.counts.garbage == 4
+
+
 def test_triggers_are_ignored_and_told_while_they_mean_nothing():
     bench = Bench()
     bench.trigger()
@@ -480,7 +410,10 @@ def test_triggers_are_ignored_and_told_while_they_mean_nothing():
     bench.trigger()
     assert bench.taken == []
     assert "not enabled" in bench.journal.events[-1][1]
+    assert not bench.link.of(plc.State)[-1].enabled
     bench.line.link_event(plc.Enabled(bench.now, True), bench.now)
+    bench.tick()
+    assert bench.link.of(plc.State)[-1].enabled
     bench.trigger()
     assert len(bench.taken) == 1
 
@@ -599,131 +532,6 @@ def test_rejects_in_a_row_are_an_alarm_that_a_pass_ends():
     assert bench.link.states[-1] == "RUNNING"
 
 
-# --- gate
-
-
-def gated(**settings):
-    return Bench(camera__policy="every", gate__mode="delay", gate__delay_ms=100, gate__pulse_ms=20, **settings)
-
-
-def level_over(bench, ms, at=lambda ms: None):
-    """The gate output after each millisecond."""
-    levels = []
-    for step in range(ms):
-        bench.tick(1)
-        at(step)
-        edges = bench.link.of(plc.Gate)
-        levels.append(bool(edges) and edges[-1].active)
-    return levels
-
-
-def test_a_part_without_a_verdict_is_rejected_at_the_gate():
-    bench = gated(gate__polarity="reject", parts__deadline_ms=500)
-    bench.frame()
-    levels = level_over(bench, 150)
-    assert levels.index(True) == 99
-    assert sum(levels) == 20
-    assert bench.line.counts.gates == {"rejected": 1}
-    bench.answer(0.1)
-    assert bench.link.verdicts == [(1, "PASS")]
-    assert bench.journal.outcomes[1][1] == "rejected"
-
-
-def test_only_a_pass_opens_the_gate():
-    bench = gated(gate__polarity="accept")
-    bench.frame()
-    bench.answer(0.1)
-    bench.tick(50)
-    bench.frame()
-    bench.answer(0.9)
-    levels = level_over(bench, 200)
-    assert (levels.index(True), sum(levels)) == (49, 20)
-    assert bench.journal.outcomes == {1: ("delivered", "passed", True), 2: ("delivered", "rejected", True)}
-
-
-def test_a_triggered_part_is_before_the_gate_from_its_capture_on():
-    bench = Bench(
-        camera__trigger="software", plc__port="x", gate__mode="delay", gate__delay_ms=100, gate__polarity="accept"
-    )
-    bench.trigger()
-    bench.tick(8)
-    bench.frame(trigger=bench.taken[0], age_ms=1)
-    bench.answer(0.1)
-    assert level_over(bench, 150).index(True) == 107 - 8 - 1
-
-
-def test_a_fault_rejects_all_that_is_on_its_way():
-    bench = gated(gate__polarity="accept")
-    bench.frame()
-    bench.answer(0.1)
-    bench.line.health.fault("camera", "unplugged")
-    assert not any(level_over(bench, 200))
-    assert bench.line.counts.gates == {"rejected": 1}
-
-
-def test_the_line_is_not_finished_while_a_part_is_before_the_gate():
-    bench = gated(gate__polarity="accept")
-    bench.frame()
-    bench.answer(0.1)
-    bench.line.stop()
-    bench.tick(50)
-    assert not bench.line.finished
-    bench.tick(60)
-    bench.tick(60)
-    assert bench.line.finished
-
-
-@pytest.mark.parametrize(("polarity", "dangerous"), [("reject", True), ("accept", False)])
-def test_an_edge_that_was_not_switched_is_a_fault_where_a_part_may_have_passed(polarity, dangerous):
-    bench = gated(gate__polarity=polarity)
-    bench.line.link_event(plc.Unswitched(1, not dangerous, bench.now, "the cable is cut"), bench.now)
-    bench.tick()
-    assert bench.line.health.state == "READY"
-    bench.line.link_event(plc.Unswitched(1, dangerous, bench.now, "the cable is cut"), bench.now)
-    bench.tick()
-    assert bench.line.health.state == "FAULT"
-    assert bench.line.counts.gates == {"not switched": 2}
-
-
-def test_a_lost_encoder_rejects_and_is_a_fault_until_it_is_heard():
-    bench = Bench(
-        camera__policy="every",
-        gate__mode="encoder",
-        gate__counts=700,
-        gate__polarity="accept",
-        gate__encoder_timeout_ms=50,
-        plc__port="x",
-    )
-    counts = iter(range(0, 100000, 10))
-
-    def feed(ms):
-        bench.line.link_event(plc.Counted(bench.now, next(counts)), bench.now)
-
-    level_over(bench, 5, feed)
-    assert bench.line.health.state == "READY"
-    bench.frame()
-    bench.answer(0.1)
-    assert any(level_over(bench, 120, feed))
-    bench.frame()
-    bench.answer(0.1)
-    level_over(bench, 60)
-    assert bench.line.health.state == "FAULT"
-    assert not any(level_over(bench, 200, feed))
-    assert bench.line.health.state == "RUNNING"
-    assert bench.line.counts.gates == {"passed": 1, "rejected": 1}
-
-
-def test_the_gates_edges_carry_the_id_of_the_part():
-    bench = Bench(
-        camera__trigger="software", plc__port="x", gate__mode="delay", gate__delay_ms=50, gate__polarity="accept"
-    )
-    bench.trigger(41)
-    bench.frame(trigger=bench.taken[0])
-    bench.answer(0.1)
-    level_over(bench, 150)
-    assert bench.link.of(plc.Gate) == [plc.Gate(41, True), plc.Gate(41, False)]
-
-
 def test_parts_that_are_open_when_the_line_is_closed_get_their_outcome():
     bench = triggered(camera__policy="every")
     for _ in range(3):
@@ -791,7 +599,7 @@ def test_the_books_balance_whatever_happens(seed, mode):
                 bench.fail()
             case 9 if random.random() < 0.2:
                 if 1 in bench.engines.asked:
-                    bench.line.engine_lost([bench.engines.asked.pop(1).part], "died", bench.now)
+                    bench.line.engine_lost(bench.engines.asked.pop(1).part, "died", bench.now)
                 bench.engines.there = bench.engines.there ^ {1}
             case 10 if random.random() < 0.1:
                 bench.line.camera_lost("unplugged", bench.now)

@@ -1,0 +1,165 @@
+"""The parts on their way to the gate: their places, the edges that the link is asked for, and what must not stay
+unknown when one of these goes wrong. No I/O; the time is passed in."""
+
+from typing import Protocol
+
+from stpm.edge.config import GateSettings
+from stpm.edge.errors import PlcError
+from stpm.edge.gate import MS, Edge, Gate
+from stpm.edge.health import Health
+from stpm.edge.latency import Latency
+from stpm.edge.parts import Counts, Part
+from stpm.edge.plc import messages as plc
+
+# between camera and gate; no line has so many, so the encoder stands, or frames come that are no parts
+MOST_ON_THE_WAY = 1000
+# so many triggers while the encoder stands: parts do not come to a camera on a belt that does not move
+MOST_AT_ONE_PLACE = 3
+
+
+class Told(Protocol):
+    """The line, as far as the gate needs it."""
+
+    def post(self, message: plc.Gate) -> None: ...
+
+    def event(self, kind: str, text: str) -> None: ...
+
+    def alarm(self, sentence: str) -> None: ...
+
+    def past_gate(self, part: Part) -> None:
+        """`part.gate` says what became of it."""
+
+
+class AtGate:
+    def __init__(self, settings: GateSettings, health: Health, counts: Counts, latency: Latency, told: Told) -> None:
+        self._settings, self._health, self._counts, self._latency = settings, health, counts, latency
+        self._told = told
+        self._gate = Gate(settings, self._decided)
+        self._parts: dict[int, Part] = {}  # by key
+        self._edges: dict[tuple[int, bool], Edge] = {}  # on the link
+        self._triggered_ns = -1
+        self._at_one_place = 0
+
+    def __contains__(self, part: Part) -> bool:
+        """Whether it has not been in front of the gate yet."""
+        return part.key in self._parts
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._gate.waiting)
+
+    @property
+    def used(self) -> bool:
+        return self._gate.used
+
+    # --- what happens
+
+    def expect(self, part: Part) -> None:
+        """A part was in front of the camera when it began."""
+        if not self.used:
+            return
+        self._parts[part.key] = part
+        self._gate.plan(part.key, part.began_ns, part.id)
+        if self._gate.waiting > MOST_ON_THE_WAY:
+            where = "the encoder stands, or " if self._gate.encoder else ""
+            self._lose_track(f"more than {MOST_ON_THE_WAY} parts are between camera and gate: {where}look at [gate]")
+
+    def triggered(self, at_ns: int) -> None:
+        """The PLC says that a part is in front of the camera; so the belt must have moved since the one before."""
+        encoder = self._gate.encoder
+        if encoder is None:
+            return
+        moved = encoder.moved_ns > self._triggered_ns
+        self._triggered_ns = at_ns
+        self._at_one_place = 0 if moved else self._at_one_place + 1
+        if self._at_one_place >= MOST_AT_ONE_PLACE:
+            self._lose_track(f"{self._at_one_place} triggers came while the encoder stood still")
+
+    def captured(self, part: Part, at_ns: int) -> None:
+        """Its frame says when it was in front of the camera."""
+        if part in self:
+            self._gate.plan(part.key, at_ns)
+
+    def judged(self, part: Part) -> None:
+        self._gate.decide(part.key, part.verdict is not None and part.verdict.verdict == "PASS")
+
+    def counted(self, at_ns: int, count: int) -> None:
+        if self._gate.encoder is not None:
+            problem = self._gate.encoder.add(at_ns, count)
+            if problem:
+                self._lose_track(problem)
+
+    def set_times(self, delay: int, pulse_ms: int) -> None:
+        self._gate.set_times(delay, pulse_ms)
+        self._told.event("plc", f"gate times set: delay {delay}, pulse {pulse_ms} ms; 0 is what the station says")
+
+    def switched(self, id: int, active: bool, at_ns: int) -> None:
+        edge = self._edges.pop((id, active), None)
+        if edge is None:
+            return
+        late_ns = at_ns - edge.due_ns
+        self._latency.add("gate jitter", abs(late_ns))
+        if late_ns > self._gate.pulse_ns / 2 and self._rejects(active):
+            self._may_have_passed(f"the gate was switched {'on' if active else 'off'} {late_ns / MS:.0f} ms late")
+
+    def not_switched(self, id: int, active: bool, reason: str, now_ns: int) -> None:
+        newest = bool(self._edges) and (id, active) == next(reversed(self._edges))
+        self._edges.pop((id, active), None)
+        self._counts.gates["not switched"] += 1
+        sentence = f"the gate was not switched {'on' if active else 'off'}: {reason}"
+        if self._rejects(active):
+            self._may_have_passed(sentence)
+        else:  # only costs a good part
+            self._told.alarm(sentence)
+        if newest:
+            self._gate.not_switched(now_ns)
+
+    def released(self, sentence: str, now_ns: int) -> None:
+        """The link has put the output to its safe level without being asked."""
+        self._may_have_passed(sentence)
+        self._gate.not_switched(now_ns)
+
+    def tick(self, now_ns: int) -> None:
+        if not self.used:
+            return
+        encoder = self._gate.encoder
+        if encoder is not None and encoder.lost(now_ns):
+            if self._health.fault("encoder", "the encoder is not heard", PlcError.exit_code):
+                self._told.alarm("the encoder is not heard: all parts on the way are rejected")
+            self._gate.abandon()
+        elif encoder is not None and self._health.settle("encoder"):
+            self._told.event("state", "the encoder is heard again")
+        self._gate.hold(self._health.state not in plc.PASSING, now_ns)
+        for edge in self._gate.edges(now_ns):
+            self._edges[edge.part, edge.active] = edge
+            self._told.post(plc.Gate(edge.part, edge.active))
+
+    def due_ns(self) -> int | None:
+        return self._gate.due_ns() if self.used else None
+
+    # --- what goes wrong
+
+    def _rejects(self, active: bool) -> bool:
+        """Whether that edge begins to reject: a part passes where it does not come."""
+        return active == (self._settings.polarity == "reject")
+
+    def _may_have_passed(self, sentence: str) -> None:
+        self._told.alarm(sentence)
+        self._health.fault("gate", f"{sentence}; a part may have passed", PlcError.exit_code, latched=True)
+
+    def _lose_track(self, sentence: str) -> None:
+        """Nobody knows where the parts on the way are."""
+        self._at_one_place = 0
+        if self._health.fault("tracking", f"{sentence}; all parts on the way are rejected", PlcError.exit_code, True):
+            self._told.alarm(sentence)
+        self._gate.abandon()
+
+    def _decided(self, key: int, outcome: str) -> None:
+        part = self._parts.pop(key)
+        part.gate = outcome
+        self._counts.gates[outcome] += 1
+        self._told.past_gate(part)
+        if outcome == "missed":
+            sentence = f"part {part.id} was past the gate before it could be rejected: gate.delay_ms is too short"
+            if self._health.fault("gate", sentence, PlcError.exit_code, latched=True):
+                self._told.alarm(sentence)

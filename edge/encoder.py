@@ -1,0 +1,86 @@
+"""Counts of an encoder, read from time to time: where the belt was, is, and will be. Pure; 32 bits that wrap.
+
+An encoder is believed only as far as it is plausible: a counter that is set back, replaced or read wrongly would send
+every reject to another part.
+"""
+
+import bisect
+from collections import deque
+
+WRAP = 1 << 32
+# no belt goes the whole way from camera to gate between two reads, unless it was as fast (up to so many times) before
+FASTER = 4
+# and none runs back more than this share of the way; an encoder at a standstill may swing by a few counts
+BACK, LEAST_BACK = 0.02, 4
+
+
+class Encoder:
+    """`way`: counts from the camera to the gate."""
+
+    def __init__(self, timeout_ns: int, way: int) -> None:
+        self._timeout_ns, self._way = timeout_ns, way
+        self._samples: deque[tuple[int, int]] = deque(maxlen=64)  # (at_ns, count without wraps)
+        self._furthest = 0
+        self.moved_ns = -1  # when the count last changed
+
+    def add(self, at_ns: int, count: int) -> str:
+        """What is implausible about this count; then everything before it is forgotten."""
+        if not self._samples:
+            self._begin(at_ns, count)
+            return ""
+        last_ns, last = self._samples[-1]
+        if at_ns <= last_ns:
+            return ""
+        step = (count - last) % WRAP  # the shorter way round
+        step = step if step < WRAP // 2 else step - WRAP
+        problem = self._implausible(step, at_ns - last_ns, last)
+        if problem:
+            self._samples.clear()
+            self._begin(at_ns, count)
+            return problem
+        if step:
+            self.moved_ns = at_ns
+        self._samples.append((at_ns, last + step))
+        self._furthest = max(self._furthest, last + step)
+        return ""
+
+    def _begin(self, at_ns: int, count: int) -> None:
+        self._samples.append((at_ns, count))
+        self._furthest, self.moved_ns = count, at_ns
+
+    def _implausible(self, step: int, in_ns: int, last: int) -> str:
+        before_ns, before = self._samples[max(-len(self._samples), -4)]
+        last_ns = self._samples[-1][0]
+        usual = (last - before) * in_ns / (last_ns - before_ns) if last_ns > before_ns else 0.0
+        if step > max(self._way, FASTER * usual):
+            return f"the encoder jumped by {step} counts, and from camera to gate there are {self._way}"
+        back = self._furthest - (last + step)
+        if back > max(BACK * self._way, LEAST_BACK):
+            return f"the encoder ran back by {back} counts, or was set to another count"
+        return ""
+
+    @property
+    def newest_ns(self) -> int:
+        return self._samples[-1][0] if self._samples else -1
+
+    def lost(self, now_ns: int) -> bool:
+        return not self._samples or now_ns - self._samples[-1][0] > self._timeout_ns
+
+    def count_at(self, ns: int) -> float | None:
+        """Between two samples on the line through them, outside on the line through the nearest two."""
+        if len(self._samples) < 2:
+            return float(self._samples[0][1]) if self._samples else None
+        after = bisect.bisect_left(self._samples, (ns, -WRAP))
+        after = min(max(after, 1), len(self._samples) - 1)
+        (a_ns, a), (b_ns, b) = self._samples[after - 1], self._samples[after]
+        return a + (b - a) * (ns - a_ns) / (b_ns - a_ns)
+
+    def time_of(self, count: float) -> int | None:
+        """When the encoder passes `count`, at the speed of the newest samples; None while it stands or runs back."""
+        if len(self._samples) < 2:
+            return None
+        back = max(-len(self._samples), -4)
+        (a_ns, a), (b_ns, b) = self._samples[back], self._samples[-1]
+        if b <= a:
+            return b_ns if count <= b else None
+        return b_ns + round((count - b) * (b_ns - a_ns) / (b - a))

@@ -1,0 +1,227 @@
+"""The line at its gate: what the link is asked for, and what becomes of parts of which nobody knows where they are."""
+
+import pytest
+from line_bench import Bench
+
+from stpm.edge.gate import MS
+from stpm.edge.plc import messages as plc
+
+
+def gated(**settings):
+    return Bench(camera__policy="every", gate__mode="delay", gate__delay_ms=100, gate__pulse_ms=20, **settings)
+
+
+def level_over(bench, ms, at=lambda ms: None):
+    """The gate output after each millisecond."""
+    levels = []
+    for step in range(ms):
+        bench.tick(1)
+        at(step)
+        edges = bench.link.of(plc.Gate)
+        levels.append(bool(edges) and edges[-1].active)
+    return levels
+
+
+def test_a_part_without_a_verdict_is_rejected_at_the_gate():
+    bench = gated(gate__polarity="reject", parts__deadline_ms=500)
+    bench.frame()
+    levels = level_over(bench, 150)
+    assert levels.index(True) == 99
+    assert sum(levels) == 20
+    assert bench.line.counts.gates == {"rejected": 1}
+    bench.answer(0.1)
+    assert bench.link.verdicts == [(1, "PASS")]
+    assert bench.journal.outcomes[1][1] == "rejected"
+
+
+def test_only_a_pass_opens_the_gate():
+    bench = gated(gate__polarity="accept")
+    bench.frame()
+    bench.answer(0.1)
+    bench.tick(50)
+    bench.frame()
+    bench.answer(0.9)
+    levels = level_over(bench, 200)
+    assert (levels.index(True), sum(levels)) == (49, 20)
+    assert bench.journal.outcomes == {1: ("delivered", "passed", True), 2: ("delivered", "rejected", True)}
+
+
+def test_a_triggered_part_is_before_the_gate_from_its_capture_on():
+    bench = Bench(
+        camera__trigger="software", plc__port="x", gate__mode="delay", gate__delay_ms=100, gate__polarity="accept"
+    )
+    bench.trigger()
+    bench.tick(8)
+    bench.frame(trigger=bench.taken[0], age_ms=1)
+    bench.answer(0.1)
+    assert level_over(bench, 150).index(True) == 107 - 8 - 1
+
+
+def test_a_fault_rejects_all_that_is_on_its_way():
+    bench = gated(gate__polarity="accept")
+    bench.frame()
+    bench.answer(0.1)
+    bench.line.health.fault("camera", "unplugged")
+    assert not any(level_over(bench, 200))
+    assert bench.line.counts.gates == {"rejected": 1}
+
+
+def test_the_line_is_not_finished_while_a_part_is_before_the_gate():
+    bench = gated(gate__polarity="accept")
+    bench.frame()
+    bench.answer(0.1)
+    bench.line.stop()
+    bench.tick(50)
+    assert not bench.line.finished
+    bench.tick(60)
+    bench.tick(60)
+    assert bench.line.finished
+
+
+@pytest.mark.parametrize(("polarity", "dangerous"), [("reject", True), ("accept", False)])
+def test_an_edge_that_was_not_switched_is_a_fault_where_a_part_may_have_passed(polarity, dangerous):
+    bench = gated(gate__polarity=polarity)
+    bench.line.link_event(plc.Unswitched(1, not dangerous, bench.now, "the cable is cut"), bench.now)
+    bench.tick()
+    assert bench.line.health.state == "READY"
+    bench.line.link_event(plc.Unswitched(1, dangerous, bench.now, "the cable is cut"), bench.now)
+    bench.tick()
+    assert bench.line.health.state == "FAULT"
+    assert bench.line.counts.gates == {"not switched": 2}
+
+
+def test_a_lost_encoder_rejects_and_is_a_fault_until_it_is_heard():
+    bench = Bench(
+        camera__policy="every",
+        gate__mode="encoder",
+        gate__counts=700,
+        gate__polarity="accept",
+        gate__encoder_timeout_ms=50,
+        plc__port="x",
+    )
+    counts = iter(range(0, 100000, 10))
+
+    def feed(ms):
+        bench.line.link_event(plc.Counted(bench.now, next(counts)), bench.now)
+
+    level_over(bench, 5, feed)
+    assert bench.line.health.state == "READY"
+    bench.frame()
+    bench.answer(0.1)
+    assert any(level_over(bench, 120, feed))
+    bench.frame()
+    bench.answer(0.1)
+    level_over(bench, 60)
+    assert bench.line.health.state == "FAULT"
+    assert not any(level_over(bench, 200, feed))
+    assert bench.line.health.state == "RUNNING"
+    assert bench.line.counts.gates == {"passed": 1, "rejected": 1}
+
+
+def test_the_gates_edges_carry_the_id_of_the_part():
+    bench = Bench(
+        camera__trigger="software", plc__port="x", gate__mode="delay", gate__delay_ms=50, gate__polarity="accept"
+    )
+    bench.trigger(41)
+    bench.frame(trigger=bench.taken[0])
+    bench.answer(0.1)
+    level_over(bench, 150)
+    assert bench.link.of(plc.Gate) == [plc.Gate(41, True), plc.Gate(41, False)]
+
+
+@pytest.mark.parametrize(("polarity", "dangerous"), [("reject", True), ("accept", False)])
+@pytest.mark.parametrize(("late_ms", "fault"), [(9, False), (11, True)])
+def test_an_edge_that_comes_late_is_a_fault_where_a_part_may_have_passed(polarity, dangerous, late_ms, fault):
+    bench = gated(gate__polarity=polarity)
+    bench.link.switches = False
+    bench.frame()
+    bench.answer(0.9 if polarity == "reject" else 0.1)
+    level_over(bench, 125)
+    for edge in bench.link.of(plc.Gate)[-2:]:
+        due_ns = (100 if edge.active else 120) * MS
+        bench.line.link_event(plc.Switched(edge.id, edge.active, due_ns + late_ms * MS), bench.now)
+        bench.tick()
+        state = "FAULT" if fault and (edge.active == dangerous or dangerous) else "RUNNING"
+        assert bench.line.health.state == state
+    assert bench.line.latency.percentiles()["gate jitter"]
+
+
+@pytest.mark.parametrize("polarity", ["reject", "accept"])
+def test_an_output_that_the_link_has_put_back_is_a_fault_and_works_again_when_somebody_has_looked(polarity):
+    bench = gated(gate__polarity=polarity)
+    bench.line.link_event(plc.GateReleased(bench.now, "the line was not heard for 200 ms"), bench.now)
+    bench.tick()
+    assert bench.line.health.state == "FAULT"
+    assert "may have passed" in bench.line.health.conditions["gate"].sentence
+    level_over(bench, 101)  # a moment later the line says it again
+    assert set(level_over(bench, 300)) == ({True} if polarity == "reject" else {False})
+    bench.line.clear("somebody")
+    level_over(bench, 200)
+    bench.frame()
+    bench.answer(0.9 if polarity == "reject" else 0.1)
+    assert sum(level_over(bench, 200)) == 20
+
+
+def encoder_bench(**settings):
+    return Bench(gate__mode="encoder", gate__counts=700, gate__encoder_timeout_ms=50, plc__port="x", **settings)
+
+
+def count(bench, value):
+    bench.line.link_event(plc.Counted(bench.now, value), bench.now)
+
+
+def test_a_counter_that_was_set_back_is_a_fault_that_rejects_until_somebody_has_looked():
+    bench = encoder_bench(camera__policy="every", gate__polarity="accept")
+    position = 5000
+
+    def feed(ms):
+        nonlocal position
+        position += 10
+        count(bench, position)
+
+    level_over(bench, 10, feed)
+    bench.frame()
+    bench.answer(0.1)
+    position = 0  # somebody has switched the counter off and on
+    assert not any(level_over(bench, 200, feed))
+    assert bench.line.health.state == "FAULT"
+    assert "ran back" in bench.line.health.conditions["tracking"].sentence
+    assert bench.line.counts.gates == {"rejected": 1}
+    bench.line.clear("somebody")
+    level_over(bench, 200, feed)
+    bench.frame()
+    bench.answer(0.1)
+    assert any(level_over(bench, 200, feed))
+
+
+def test_triggers_while_the_encoder_stands_are_a_fault():
+    """A counter card that has died says the same count for ever: no reject would come to its part."""
+    bench = encoder_bench(camera__trigger="software", gate__polarity="reject")
+    for number in range(1, 5):
+        for _ in range(4):
+            bench.tick(10)
+            count(bench, 100 + 10 * number)
+        bench.trigger(number)
+        bench.frame(trigger=bench.taken[-1])
+        bench.answer()
+    assert bench.line.health.state == "RUNNING"
+    for number in range(5, 9):
+        assert bench.line.health.state == ("RUNNING" if number < 8 else "FAULT")
+        bench.trigger(number)
+        for _ in range(4):
+            bench.tick(10)
+            count(bench, 140)
+    assert "stood still" in bench.line.health.conditions["tracking"].sentence
+    assert bench.link.of(plc.Gate)[-1].active
+
+
+def test_frames_of_a_belt_that_stands_do_not_pile_up_for_ever():
+    bench = encoder_bench(camera__policy="every", gate__polarity="accept")
+    for _ in range(1001):
+        count(bench, 100)
+        bench.frame()
+        bench.answer()
+        bench.tick(10)
+    assert bench.line.health.state == "FAULT"
+    assert bench.line.counts.gates == {"rejected": 1001}
+    assert "more than 1000 parts" in bench.line.health.conditions["tracking"].sentence

@@ -1,0 +1,82 @@
+"""The encoder: where the belt was, is and will be, and which counts are not believed."""
+
+import pytest
+
+from stpm.edge.encoder import Encoder
+from stpm.edge.gate import MS
+
+WAY = 1000
+
+
+def test_the_encoder_interpolates_extrapolates_and_wraps():
+    encoder = Encoder(200 * MS, WAY)
+    assert encoder.lost(0)
+    assert encoder.count_at(0) is None
+    start = (1 << 32) - 150
+    for step in range(5):
+        encoder.add(step * 100 * MS, (start + 100 * step) % (1 << 32))
+    assert encoder.count_at(150 * MS) == start + 150
+    assert encoder.count_at(450 * MS) == start + 450
+    assert encoder.time_of(start + 600) == 600 * MS
+    assert not encoder.lost(600 * MS)
+    assert encoder.lost(601 * MS)
+
+
+def test_two_counts_of_one_moment_are_one():
+    encoder = Encoder(200 * MS, WAY)
+    for ns, count in ((0, 0), (MS, 10), (MS, 11), (2 * MS, 20)):
+        encoder.add(ns, count)
+    assert encoder.count_at(MS) == 10
+    assert encoder.time_of(30) == 3 * MS
+
+
+def test_an_encoder_that_stands_says_never_and_one_that_runs_back_a_little_does_not_jump():
+    encoder = Encoder(200 * MS, WAY)
+    for ms, count in ((0, 100), (10, 110), (20, 105), (30, 105), (40, 105), (50, 105)):
+        encoder.add(ms * MS, count)
+    assert encoder.count_at(50 * MS) == 105
+    assert encoder.time_of(120) is None
+
+
+def fed(counts, every_ms=10):
+    """An encoder that has read these, and what it said of each."""
+    encoder = Encoder(200 * MS, WAY)
+    return encoder, [encoder.add(step * every_ms * MS, count % (1 << 32)) for step, count in enumerate(counts)]
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        range(0, 100_000, 90),
+        range((1 << 32) - 500, (1 << 32) + 500, 50),
+        [*range(0, 500, 50), *([450] * 20), *range(450, 2000, 50)],
+        # swings at a standstill
+        [0, 50, 100, 103, 100, 97, 101, 100, 150],
+        # so fast that the whole way lies between two reads
+        [0, 400, 800, 2200, 3600, 5000, 10000],
+    ],
+)
+def test_a_belt_that_runs_wraps_stands_swings_or_runs_fast_is_believed(counts):
+    assert not any(fed(counts)[1])
+
+
+@pytest.mark.parametrize(
+    ("last", "sentence"), [(0, "ran back"), (900, "ran back"), (2500, "jumped"), (1 << 31, "jumped|ran back")]
+)
+def test_a_counter_that_is_set_back_or_jumps_is_told_once_and_counts_from_there(last, sentence):
+    encoder, said = fed([*range(0, 1000, 10), last, last + 10, last + 20])
+    assert [bool(each) for each in said] == [False] * 100 + [True, False, False]
+    assert any(word in said[100] for word in sentence.split("|"))
+    assert encoder.count_at(102 * 10 * MS) == last + 20
+    assert encoder.time_of(last + 30) == 103 * 10 * MS
+
+
+def test_running_back_by_little_steps_is_noticed_before_it_matters():
+    said = fed([*range(500), *range(500, 300, -1)])[1]
+    first = next(step for step, each in enumerate(said) if each)
+    assert 500 < first <= 500 + 0.02 * WAY + 2
+
+
+def test_when_the_belt_last_moved():
+    encoder = fed([0, 0, 10, 20, 20, 20])[0]
+    assert encoder.moved_ns == 30 * MS
