@@ -114,10 +114,9 @@ class AtGate:
         if newest:
             self._gate.not_switched(now_ns)
 
-    def released(self, sentence: str, now_ns: int) -> None:
-        """The link has put the output to its safe level without being asked."""
+    def released(self, sentence: str) -> None:
+        """The link has put the output to its safe level without being asked; the FAULT leaves it there."""
         self._may_have_passed(sentence)
-        self._gate.not_switched(now_ns)
 
     def tick(self, now_ns: int) -> None:
         if not self.used:
@@ -149,7 +148,6 @@ class AtGate:
 
     def _lose_track(self, sentence: str) -> None:
         """Nobody knows where the parts on the way are."""
-        self._at_one_place = 0
         if self._health.fault("tracking", f"{sentence}; all parts on the way are rejected", PlcError.exit_code, True):
             self._told.alarm(sentence)
         self._gate.abandon()

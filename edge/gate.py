@@ -93,8 +93,7 @@ class Gate:
                 window.passes = passes
 
     def not_switched(self, now_ns: int) -> None:
-        """The newest edge did not get through, or the output has been switched back: it is given again after a
-        moment."""
+        """The newest edge did not get through: it is given again after a moment."""
         self._active, self._again_ns = None, now_ns + AGAIN_NS
 
     def hold(self, held: bool, now_ns: int) -> None:
@@ -155,8 +154,8 @@ class Gate:
         return [Edge(part, wanted, when)]
 
     def _end_of(self, window: Window, due_ns: int, now_ns: int) -> int:
-        """A reject that begins late is not the shorter for it."""
-        late = self._settings.polarity == "reject" and not window.passes and now_ns < due_ns + self.pulse_ns
+        """A reject that begins late is not the shorter for it; a pass is."""
+        late = not window.passes and now_ns < due_ns + self.pulse_ns
         return (now_ns if late else due_ns) + self.pulse_ns
 
     def _outcome(self, window: Window, now_ns: int) -> str:

@@ -174,7 +174,7 @@ class Line:
         for part in list(self._awaiting.values()):
             self._judge(part, judge(None, 0, sentence), now_ns)
         uncounted = not (self._triggered or self._latest or self._recorded or self.gate.used)
-        if uncounted and self.health.phase == "RUNNING":
+        if uncounted and self.health.phase in ("READY", "RUNNING"):
             self._out_of_step(f"{sentence}; how many parts went past meanwhile, nobody has counted")
 
     def link_event(self, event: plc.Incoming, now_ns: int) -> None:
@@ -202,7 +202,7 @@ class Line:
             case plc.Unswitched(id, active, _, reason):
                 self.gate.not_switched(id, active, reason, now_ns)
             case plc.GateReleased(_, sentence):
-                self.gate.released(sentence, now_ns)
+                self.gate.released(sentence)
             case plc.Triggered(at_ns, number):
                 self.triggered(at_ns, number, now_ns)
             case plc.Counted(at_ns, count):

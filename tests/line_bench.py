@@ -65,6 +65,7 @@ class Link:
 class Journal:
     def __init__(self):
         self.parts, self.outcomes, self.events, self.lends = [], {}, [], False
+        self.lasts = []
 
     def part(self, part, lend):
         self.parts.append((part.id, part.verdict.verdict, part.verdict.reason))
@@ -72,6 +73,7 @@ class Journal:
 
     def outcome(self, part, last):
         self.outcomes[part.id] = (part.delivery, part.gate, last)
+        self.lasts.append((part.id, last))
 
     def event(self, kind, text):
         self.events.append((kind, text))

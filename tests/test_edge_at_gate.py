@@ -225,3 +225,41 @@ def test_frames_of_a_belt_that_stands_do_not_pile_up_for_ever():
     assert bench.line.health.state == "FAULT"
     assert bench.line.counts.gates == {"rejected": 1001}
     assert "more than 1000 parts" in bench.line.health.conditions["tracking"].sentence
+
+
+@pytest.mark.parametrize("delivered_first", [True, False])
+def test_the_last_outcome_of_a_part_is_the_second_of_delivery_and_gate(delivered_first):
+    bench = gated(gate__polarity="accept")
+    bench.link.delivers = delivered_first
+    bench.frame()
+    bench.answer(0.1)
+    level_over(bench, 150)
+    bench.line.link_event(plc.Delivered(1, bench.now), bench.now)
+    assert bench.journal.outcomes == {1: ("delivered", "passed", True)}
+    assert bench.journal.lasts == [(1, False), (1, True)]
+
+
+def test_only_the_newest_edge_is_given_again():
+    bench = gated(gate__polarity="accept")
+    bench.link.switches = False
+    bench.frame()
+    bench.answer(0.1)
+    level_over(bench, 130)
+    assert bench.link.of(plc.Gate) == [plc.Gate(1, True), plc.Gate(1, False)]
+    bench.line.link_event(plc.Unswitched(1, True, bench.now, "overtaken"), bench.now)
+    level_over(bench, 200)
+    assert len(bench.link.of(plc.Gate)) == 2
+    bench.line.link_event(plc.Unswitched(1, False, bench.now, "no answer"), bench.now)
+    level_over(bench, 90)
+    assert len(bench.link.of(plc.Gate)) == 2
+    level_over(bench, 20)
+    assert not bench.link.of(plc.Gate)[2].active
+
+
+def test_a_part_that_is_known_too_late_to_be_pushed_off_is_a_fault():
+    bench = gated(gate__polarity="reject")
+    bench.tick(500)
+    bench.frame(age_ms=300)
+    bench.answer(0.9)
+    assert bench.line.counts.gates == {"missed": 1}
+    assert "past the gate" in bench.line.health.conditions["gate"].sentence

@@ -26,6 +26,7 @@ def test_two_counts_of_one_moment_are_one():
     encoder = Encoder(200 * MS, WAY)
     for ns, count in ((0, 0), (MS, 10), (MS, 11), (2 * MS, 20)):
         encoder.add(ns, count)
+        encoder.count_at(2 * ns)  # whatever comes next
     assert encoder.count_at(MS) == 10
     assert encoder.time_of(30) == 3 * MS
 
@@ -80,3 +81,10 @@ def test_running_back_by_little_steps_is_noticed_before_it_matters():
 def test_when_the_belt_last_moved():
     encoder = fed([0, 0, 10, 20, 20, 20])[0]
     assert encoder.moved_ns == 30 * MS
+    assert fed([7])[0].moved_ns == 0  # it may have
+
+
+def test_on_a_short_way_an_encoder_may_still_swing():
+    encoder = Encoder(200 * MS, 10)
+    assert not any(encoder.add(ms * MS, count) for ms, count in enumerate((5, 8, 4, 8, 5)))
+    assert encoder.add(10 * MS, 3)

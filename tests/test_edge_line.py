@@ -172,6 +172,7 @@ def test_a_camera_that_begins_again_counts_from_one():
         ({"camera__policy": "every"}, False, True),
         ({"camera__policy": "latest"}, False, False),
         ({"camera__policy": "every"}, True, False),
+        ({"camera__policy": "every", "camera__trigger": "software", "plc__port": "x"}, False, False),
         ({"camera__policy": "every", "gate__mode": "delay", "gate__delay_ms": 100}, False, False),
     ],
 )
@@ -185,6 +186,14 @@ def test_parts_that_nobody_counted_while_the_camera_was_away_are_a_fault_where_t
     bench.tick()
     assert (bench.link.states[-1] == "FAULT") == fault
     assert ("missed" in bench.line.health.conditions) == fault
+
+
+@pytest.mark.parametrize(("phase", "fault"), [("SELF_TEST", False), ("READY", True)])
+def test_parts_count_from_ready_on(phase, fault):
+    bench = Bench(camera__policy="every")
+    bench.line.health.phase = phase
+    bench.line.camera_lost("the camera has hung", bench.now)
+    assert bench.line.health.faulty == fault
 
 
 def test_a_device_that_says_it_lost_thousands_of_frames_does_not_become_thousands_of_records():
