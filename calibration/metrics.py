@@ -1,4 +1,4 @@
-"""Image AUROC, pixel AUROC and AUPRO, exact: every distinct score is a threshold, ties count half."""
+"""AUROC, AUPRO and F1-max, exact: every distinct score is a threshold, ties count half."""
 
 import cv2
 import numpy as np
@@ -27,6 +27,19 @@ def aupro(maps: Floats, masks: Bools, limit: float = FPR_LIMIT) -> float | None:
     x = np.append(false_positive[inside], limit)
     y = np.append(overlap[inside], np.interp(limit, false_positive, overlap))
     return float(np.trapezoid(y, x) / limit)
+
+
+def f1_max(scores: Floats, positive: Bools) -> tuple[float, float] | None:
+    """The largest F1 = 2·TP / (2·TP + FP + FN) that a threshold reaches, and the threshold: what scores above it is
+    positive, as on the line. None unless both classes are there."""
+    if positive.all() or not positive.any():
+        return None
+    values, inverse = np.unique(-scores, return_inverse=True)  # highest score first
+    true = np.cumsum(np.bincount(inverse, positive))
+    f1 = 2 * true / (np.cumsum(np.bincount(inverse)) + positive.sum())
+    best = int(np.argmax(f1))
+    highest_below = -values[best + 1] if best + 1 < len(values) else -values[best] - abs(values[best])
+    return float(f1[best]), float((highest_below - values[best]) / 2)
 
 
 def roc(scores: Floats, positive: Bools) -> tuple[Floats, Floats] | None:
@@ -58,7 +71,7 @@ def pro(maps: Floats, masks: Bools) -> tuple[Floats, Floats] | None:
 
 def _curve(scores: Floats, x_weight: Floats, y_weight: Floats) -> tuple[Floats, Floats]:
     """Both weights summed over everything at or above each distinct score, highest first, from (0, 0)."""
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores)
     ranked = scores[order]
     last_of_ties = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)
     x = np.cumsum(x_weight[order])[last_of_ties]

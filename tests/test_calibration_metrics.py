@@ -1,10 +1,10 @@
-"""The three figures against scikit-learn and against a slow threshold sweep."""
+"""The figures against scikit-learn and against a slow threshold sweep."""
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import precision_recall_curve, roc_auc_score
 
-from stpm.calibration.metrics import aupro, auroc
+from stpm.calibration.metrics import aupro, auroc, f1_max
 
 
 @pytest.mark.parametrize("digits", [1, 2, 8])
@@ -89,3 +89,23 @@ def test_a_real_number_of_pixels_takes_seconds():
     found = aupro(maps, masks)
     assert found == pytest.approx(0.15, abs=0.01)  # chance: the diagonal up to 0.3
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("digits", [1, 6])
+@pytest.mark.parametrize("seed", range(4))
+def test_f1_max_is_scikit_learns_and_its_threshold_reaches_it(seed, digits):
+    random = np.random.default_rng(seed)
+    positive = random.random(200) < 0.4
+    scores = np.round(random.normal(0, 1, 200) + positive, digits)
+    f1, threshold = f1_max(scores, positive)
+    precision, recall, _ = precision_recall_curve(positive, scores)
+    assert f1 == pytest.approx(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)), abs=1e-12)
+    rejected = scores > threshold
+    assert f1 == pytest.approx(2 * (rejected & positive).sum() / (rejected.sum() + positive.sum()), abs=1e-12)
+
+
+def test_f1_max_where_everything_is_positive_at_best_has_a_threshold_below_all():
+    f1, threshold = f1_max(np.array([2.0, 1.0, 3.0]), np.array([True, True, False]))
+    assert f1 == 0.8
+    assert threshold < 1
+    assert f1_max(np.arange(3.0), np.ones(3, bool)) is None

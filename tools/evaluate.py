@@ -9,14 +9,15 @@ import cv2
 import msgspec
 import numpy as np
 
+from stpm.calibration.bootstrap import PixelHistograms, image_intervals, pixel_intervals
 from stpm.calibration.dataset import find_labelled, load_labelled
 from stpm.calibration.evaluation import Evaluation, evaluate, shown
-from stpm.calibration.metrics import auroc
+from stpm.calibration.gate import FIGURES
+from stpm.calibration.metrics import Floats, auroc, f1_max
 from stpm.edge.bundle import Bundle, find_bundle, open_bundle
 from stpm.edge.command import parser, run_command
 from stpm.edge.engine import BACKENDS, open_engine
 from stpm.edge.errors import InputError
-from stpm.edge.manifest import Accuracy
 from stpm.edge.picture import defect_picture, sheet
 from stpm.edge.preprocess import Image
 from stpm.edge.storage import storage_errors, write_file, write_json
@@ -25,14 +26,26 @@ EXAMPLES = """\
   stpm-eval --bundle bundles/screw-int8 --data mvtec
   stpm-eval --data mvtec --out report"""
 
+TITLES = {**FIGURES, "f1": "image F1-max"}
+
 
 class Kind(msgspec.Struct, frozen=True):
     """One kind of defect, or "good"."""
 
     images: int
     rejected: int
-    auroc: float | None  # against the good parts
+    # against the good parts
+    auroc: float | None
+    pixel_auroc: float | None
+    aupro: float | None
     median_score: float
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """None: not defined on these images."""
+
+    value: float | None
+    interval: tuple[float, float] | None  # 95 %, by bootstrap over the images
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -42,7 +55,8 @@ class Report(msgspec.Struct, frozen=True):
     precision: str
     engine: dict[str, str]
     threshold: float
-    accuracy: Accuracy
+    figures: dict[str, Figure]  # of `Accuracy`, and f1: the largest that a threshold reaches
+    f1_threshold: float | None  # which one; it was found on these images, so it is no threshold for a line
     kinds: dict[str, Kind]
     scores: dict[str, float]
 
@@ -84,55 +98,72 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def make_report(bundle: Bundle, evaluation: Evaluation, engine: dict[str, str]) -> Report:
-    threshold, scores = bundle.manifest.threshold.value, evaluation.scores
-    kinds = np.array([item.kind for item in evaluation.images.items])
-    rows = {}
-    for kind in sorted(set(kinds), key=lambda name: (name != "good", name)):
-        of_kind = kinds == kind
-        versus_good = of_kind | (kinds == "good")
-        rows[str(kind)] = Kind(
-            int(of_kind.sum()),
-            int((scores[of_kind] > threshold).sum()),
-            None if kind == "good" else auroc(scores[versus_good], of_kind[versus_good]),
-            float(np.median(scores[of_kind])),
-        )
     manifest = bundle.manifest
-    by_name = {
-        f"{item.kind}/{item.path.name}": float(score)
-        for item, score in zip(evaluation.images.items, scores, strict=True)
-    }
+    images, scores = evaluation.images, evaluation.scores
+    pixels = PixelHistograms(evaluation.maps[images.masked], images.masks[images.masked])
+    intervals = {**image_intervals(scores, images.defective), **pixel_intervals(pixels)}
+    accuracy, best = evaluation.accuracy(), f1_max(scores, images.defective)
+    values = {name: getattr(accuracy, name) for name in FIGURES} | {"f1": best[0] if best else None}
     return Report(
         str(bundle.path),
         bundle.sha256,
         manifest.category,
         manifest.precision,
         engine,
-        threshold,
-        evaluation.accuracy(),
-        rows,
-        by_name,
+        manifest.threshold.value,
+        {name: Figure(value, intervals[name]) for name, value in values.items()},
+        best[1] if best else None,
+        _kinds(evaluation, pixels, manifest.threshold.value),
+        {f"{item.kind}/{item.path.name}": float(score) for item, score in zip(images.items, scores, strict=True)},
     )
+
+
+def _kinds(evaluation: Evaluation, pixels: PixelHistograms, threshold: float) -> dict[str, Kind]:
+    images, scores = evaluation.images, evaluation.scores
+    kinds = np.array([item.kind for item in images.items])
+    rows = {}
+    for kind in sorted(set(kinds), key=lambda name: (name != "good", name)):
+        of_kind = kinds == kind
+        versus_good = of_kind | (kinds == "good")
+        chosen = versus_good[images.masked][None].astype(float)
+        defect = kind != "good"
+        rows[str(kind)] = Kind(
+            int(of_kind.sum()),
+            int((scores[of_kind] > threshold).sum()),
+            auroc(scores[versus_good], of_kind[versus_good]) if defect else None,
+            _defined(pixels.auroc(chosen)) if defect else None,
+            _defined(pixels.aupro(chosen)) if defect else None,
+            float(np.median(scores[of_kind])),
+        )
+    return rows
+
+
+def _defined(values: Floats) -> float | None:
+    return float(values[0]) if np.isfinite(values[0]) else None
 
 
 def table(report: Report) -> str:
     """At most 100 columns."""
-
     lines = [
         f"{report.category}, {report.precision}, {report.engine['backend']} on {report.engine['device']}",
-        f"{'kind':<24}{'images':>8}{'rejected':>10}{'AUROC':>13}{'median score':>15}",
+        f"{'kind':<24}{'images':>8}{'rejected':>10}{'AUROC':>9}{'pixel AUROC':>13}{'AUPRO@30%':>11}"
+        f"{'median score':>14}",
     ]
-    lines += [
-        f"{name:<24}{kind.images:>8}{kind.rejected:>10}{'' if name == 'good' else shown(kind.auroc):>13}"
-        f"{kind.median_score:>15.3e}"
-        for name, kind in report.kinds.items()
-    ]
-    accuracy = report.accuracy
-    lines += [
-        "",
-        f"image AUROC {shown(accuracy.image_auroc)}   pixel AUROC {shown(accuracy.pixel_auroc)}   "
-        f"AUPRO@30% {shown(accuracy.aupro)}   threshold {report.threshold:.3e}",
-    ]
+    for name, kind in report.kinds.items():
+        figures = ("", "", "") if name == "good" else map(_short, (kind.auroc, kind.pixel_auroc, kind.aupro))
+        columns = "".join(f"{text:>{width}}" for text, width in zip(figures, (9, 13, 11), strict=True))
+        lines.append(f"{name:<24}{kind.images:>8}{kind.rejected:>10}{columns}{kind.median_score:>14.2e}")
+    lines.append("")
+    for name, figure in report.figures.items():
+        interval = "" if figure.interval is None else "   95 % {:.4f} to {:.4f}".format(*figure.interval)
+        at = f"   at {report.f1_threshold:.3e}" if name == "f1" and report.f1_threshold is not None else ""
+        lines.append(f"{TITLES[name]:<14}{shown(figure.value):>11}{interval}{at}")
+    lines.append(f"{'threshold':<14}{report.threshold:>11.3e}")
     return "\n".join(lines)
+
+
+def _short(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.4f}"
 
 
 def _write(out: Path, report: Report, evaluation: Evaluation) -> None:
