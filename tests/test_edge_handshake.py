@@ -1,4 +1,4 @@
-"""The register map, the handshake and the order of sending: pure, with the clock passed in."""
+"""The register map and the handshake: pure, with the clock passed in."""
 
 import re
 import struct
@@ -14,7 +14,7 @@ from stpm.edge.plc.messages import (
     ClearAsked,
     Counted,
     Enabled,
-    Gate,
+    Garbage,
     GateTimes,
     Part,
     PeerBeat,
@@ -22,9 +22,7 @@ from stpm.edge.plc.messages import (
     State,
     Triggered,
     Undelivered,
-    Unswitched,
 )
-from stpm.edge.plc.outbox import Outbox
 from stpm.edge.plc.registers import (
     STATUS_REGISTERS,
     Bit,
@@ -161,7 +159,7 @@ class Plc:
 
     def __init__(self, queue=8, acknowledge_ms=500):
         self.now = 0
-        self.handshake = Handshake(queue, acknowledge_ms * MS, 500 * MS, 0)
+        self.handshake = Handshake(queue, acknowledge_ms * MS, 1000 * MS, 500 * MS, 0)
         self.control = Control()
         self.handshake.hear(self.control, 0, counted=False)
         self.handshake.post(State("READY"), 0)
@@ -351,8 +349,59 @@ def test_a_trigger_is_an_edge_with_its_number_and_its_mirror():
     assert plc.set(part_id=0, trigger=True) == [Triggered(0, None)]
 
 
+def busy(plc):
+    return Bit.BUSY in plc.look()
+
+
+def trigger(plc, number=0):
+    plc.set(trigger=True, part_id=number)
+    plc.set(trigger=False)
+
+
+@pytest.mark.parametrize("state", [State("FAULT"), State("SELF_TEST"), State("RUNNING", enabled=False)])
+def test_a_trigger_that_is_not_inspected_does_not_make_it_busy(state):
+    plc = Plc()
+    trigger(plc, 40)
+    assert busy(plc)
+    plc.handshake.post(state, plc.now)
+    assert not busy(plc)
+    trigger(plc, 41)
+    assert not busy(plc)
+    plc.handshake.post(State("RUNNING"), plc.now)
+    trigger(plc, 42)
+    assert busy(plc)
+
+
+def test_busy_ends_when_no_result_can_come_any_more():
+    """The line ignored that trigger, and says nothing of it."""
+    plc = Plc()
+    trigger(plc, 41)
+    assert plc.handshake.due_ns() == 1000 * MS
+    plc.later(999)
+    assert busy(plc)
+    plc.later(1)
+    assert not busy(plc)
+
+
+def test_a_result_answers_its_own_trigger():
+    plc = Plc()
+    trigger(plc, 41)
+    trigger(plc, 43)
+    plc.part(42)  # it was missed, and is rejected
+    plc.part(43)
+    assert busy(plc)
+    plc.part(41)
+    assert not busy(plc)
+    trigger(plc)
+    trigger(plc)
+    plc.part(44)
+    assert busy(plc)
+    plc.part(45)
+    assert not busy(plc)
+
+
 def test_what_is_on_at_the_first_look_is_no_edge():
-    handshake = Handshake(8, 500 * MS, 500 * MS, 0)
+    handshake = Handshake(8, 500 * MS, 1000 * MS, 500 * MS, 0)
     handshake.hear(Control(enable=True, trigger=True, recipe_change=True, clear_fault=True), 5, counted=False)
     assert handshake.events() == [Enabled(5, True)]
     assert not handshake.status(5).bits & {Bit.TRIGGER_ACK, Bit.RECIPE_ACK, Bit.CLEAR_ACK}
@@ -365,7 +414,7 @@ def test_what_is_on_at_the_first_look_is_no_edge():
 
 def test_nothing_is_shown_before_the_plc_has_been_heard():
     """An acknowledgement that is stuck on would be taken for the first result's."""
-    handshake = Handshake(8, 500 * MS, 500 * MS, 0)
+    handshake = Handshake(8, 500 * MS, 1000 * MS, 500 * MS, 0)
     handshake.post(Part(1, "PASS", 0.1), 0)
     handshake.shown()
     handshake.hear(Control(result_ack=True), 1, counted=False)
@@ -383,6 +432,25 @@ def test_an_ack_that_rose_while_the_link_was_down_counts():
     assert Acknowledged(1, 0) in plc.set(result_ack=True)
 
 
+def test_gate_times_that_changed_while_the_link_was_down_are_told():
+    """Above all when a PLC has forgotten them: the station's own count again."""
+    plc = Plc()
+    plc.set(delay=150, pulse_ms=40)
+    plc.handshake.forget()
+    assert not any(isinstance(event, GateTimes) for event in plc.set())
+    plc.handshake.forget()
+    assert GateTimes(0, 0, 0) in plc.set(delay=0, pulse_ms=0)
+
+
+def test_enable_is_shown_as_what_it_has_come_to():
+    plc = Plc()
+    assert Bit.ENABLED in plc.look()
+    plc.set(enable=False)
+    assert Bit.ENABLED in plc.look()  # heeded by the line, or not
+    plc.handshake.post(State("READY", enabled=False), 0)
+    assert Bit.ENABLED not in plc.look()
+
+
 def test_the_other_wishes_of_the_plc():
     plc = Plc()
     assert plc.set(recipe=3) == []
@@ -392,6 +460,14 @@ def test_the_other_wishes_of_the_plc():
     assert plc.set(heartbeat=False) == [PeerBeat(0)]
     assert plc.set() == []
     assert plc.set(delay=150, pulse_ms=40) == [GateTimes(0, 150, 40)]
+    assert plc.set(delay=0) == [GateTimes(0, 0, 40)]
+    assert plc.set(pulse_ms=10_000) == [GateTimes(0, 0, 10_000)]
+    (refused,) = plc.set(pulse_ms=10_001)
+    assert isinstance(refused, Garbage)
+    assert "at most 600000 and 10000 ms" in refused.what
+    assert not refused.lost
+    assert plc.set() == []
+    assert plc.set(pulse_ms=10_000) == [GateTimes(0, 0, 10_000)]
     assert plc.set(enable=True) == [Enabled(0, True)]
     plc.handshake.hear(replace(plc.control, count=99), 8, counted=True)
     assert plc.events() == [Counted(8, 99)]
@@ -413,7 +489,7 @@ def test_states_are_bits(state, bits):
     plc = Plc()
     plc.handshake.post(State(state, "", 2, 5, "0123456789abcdef"), 0)
     status = plc.handshake.status(0)
-    assert status.bits - {Bit.HEARTBEAT} == bits
+    assert status.bits - {Bit.HEARTBEAT, Bit.ENABLED} == bits
     assert (status.state, status.recipe, status.error, status.bundle) == (state, 2, 5, 0x01234567)
 
 
@@ -450,39 +526,3 @@ def test_pending_acks_are_answered_once_or_run_out():
     assert pending.expired(109 * MS) == []
     assert pending.expired(110 * MS) == [Undelivered(2, 110 * MS, "not acknowledged in time")]
     assert pending.due_ns() is None
-
-
-# --- order of sending
-
-
-def test_a_gate_edge_overtakes_results_and_those_the_rest():
-    box = Outbox(8, 1000 * MS)
-    for message in (State("READY"), Beat(0), Part(1, "PASS", 0.1), Part(2, "FAIL", 0.9), Gate(1, True)):
-        assert box.put(message, 0) == []
-    order = [type(message).__name__ for message in iter(box.next, None)]
-    assert order == ["Gate", "Part", "Part", "State", "Beat"]
-
-
-def test_a_gate_edge_that_is_overtaken_is_not_sent():
-    box = Outbox(8, 1000 * MS)
-    box.put(Gate(1, True), 0)
-    assert box.put(Gate(1, False), 5) == [Unswitched(1, True, 5, "overtaken by a later edge")]
-    assert box.next() == Gate(1, False)
-    assert box.next() is None
-
-
-def test_an_old_part_is_not_sent():
-    box = Outbox(8, 1000 * MS)
-    box.put(Part(1, "PASS", 0.1), 0)
-    box.put(Part(2, "PASS", 0.1, expires_ns=50 * MS), 0)
-    assert box.due_ns() == 50 * MS
-    assert [event.id for event in box.expired(50 * MS)] == [2]
-    assert [event.id for event in box.expired(1000 * MS)] == [1]
-    assert box.next() is None
-
-
-def test_too_many_parts_lose_the_oldest():
-    box = Outbox(2, 1000 * MS)
-    lost = [event for id in (1, 2, 3) for event in box.put(Part(id, "PASS", 0.1), 0)]
-    assert [event.id for event in lost] == [1]
-    assert [box.next().id, box.next().id] == [2, 3]

@@ -33,6 +33,10 @@ from stpm.edge.plc.protocol import (
 OURS = [
     (State("READY"), 2, b"STATE,2,READY*554E\r\n"),
     (State("FAULT", "PlcError"), 65535, b"STATE,65535,FAULT,PlcError*CB19\r\n"),
+    (State("RUNNING", recipe=2), 7, b"STATE,7,RUNNING,recipe=2*596F\r\n"),
+    (State("READY", recipe=2, enabled=False), 7, b"STATE,7,READY,recipe=2 enable=0*3442\r\n"),
+    (State("DEGRADED", "a b", 12, enabled=False), 7, b"STATE,7,DEGRADED,a b recipe=12 enable=0*E9FF\r\n"),
+    (State("STOPPED", enabled=False), 7, b"STATE,7,STOPPED,enable=0*508E\r\n"),
     (Part(17, "PASS", 0.0012345), 3, b"PART,3,17,PASS,1.2345e-03*53DC\r\n"),
     (Part(18, "FAIL", 1.0), 4, b"PART,4,18,FAIL,1.0000e+00*F510\r\n"),
     (Part(19, "UNKNOWN", None), 5, b"PART,5,19,UNKNOWN,NONE*4D3B\r\n"),
@@ -52,6 +56,8 @@ THEIRS = [
     (Enabled(9, False), 7, b"ENABLE,7,0*8E95\r\n"),
     (ClearAsked(9), 8, b"CLEAR,8*8AF4\r\n"),
     (GateTimes(9, 150, 40), 65535, b"TIMES,65535,150,40*3A55\r\n"),
+    (GateTimes(9, 600_000, 10_000), 5, b"TIMES,5,600000,10000*9FDF\r\n"),
+    (GateTimes(9, 0, 0), 6, b"TIMES,6,0,0*ADAB\r\n"),
 ]
 
 
@@ -162,12 +168,23 @@ def test_a_right_checksum_does_not_save_a_wrong_body_of_the_plc(body):
         decode_plc(line(body), 0)
 
 
-def test_a_reason_cannot_break_the_line():
+def test_a_reason_cannot_break_the_line_nor_pass_for_another_word():
     text = encode(State("FAULT", "a,b*c\r\nPART,1,1,PASS,0*ß" + "x" * 200), 0)
     assert text.count(b"\n") == 1
     assert len(text) < 120
     _, message = decode(text)
     assert message == State("FAULT", ("a b c  PART 1 1 PASS 0  " + "x" * 200)[:80])
+    assert decode(encode(State("FAULT", "recipe=7 enable=0"), 0))[1] == State("FAULT", "recipe 7 enable 0")
+
+
+@pytest.mark.parametrize(("message", "sequence", "text"), [each for each in OURS if isinstance(each[0], State)])
+def test_a_parser_that_knows_nothing_of_recipe_and_enable_still_reads_the_state(message, sequence, text):
+    """The grammar before these words: STATE,<seq>,<state>[,<reason>], and a reason without comma or asterisk."""
+    found = re.fullmatch(r"STATE,(\d+),([A-Z_]+)(?:,([^,*]+))?\*[0-9A-F]{4}\r\n", text.decode())
+    assert found is not None
+    assert found[1] == str(sequence)
+    assert found[2] == message.state
+    assert (found[3] or "").startswith(message.reason)
 
 
 def test_the_reader_puts_lines_together_and_passes_on_when_they_ended():
@@ -183,6 +200,7 @@ def test_a_gap_in_the_plcs_numbers_is_garbage_and_the_line_still_counts():
     assert reader.feed(encode_plc(PeerBeat(0), 65535) + encode_plc(PeerBeat(0), 0), 0) == [PeerBeat(0), PeerBeat(0)]
     found = reader.feed(encode_plc(Triggered(0, 9), 2), 7)
     assert isinstance(found[0], Garbage)
+    assert found[0].lost
     assert "is 2, not 1" in found[0].what
     assert found[1:] == [Triggered(7, 9)]
 
@@ -194,13 +212,34 @@ def test_noise_is_garbage_and_costs_no_more_than_its_line():
     assert found == [PeerBeat(3)]
     found = reader.feed(b"\x00\xfe\xff\n" + encode_plc(PeerBeat(0), 1), 4)
     assert [type(each) for each in found] == [Garbage, PeerBeat]
+    assert found[0].lost
+
+
+@pytest.mark.parametrize(
+    ("body", "lost", "what"),
+    [
+        ("TIMES,1,600001,40", False, "delay of 600001"),
+        ("TIMES,1,0,10001", False, "pulse of 10001 ms"),
+        ("HELLO,1", False, "unknown message HELLO"),
+        ("TRIG,1,4294967296", True, "not a number"),
+    ],
+)
+def test_what_arrived_well_and_makes_no_sense_is_lost_only_where_it_was_a_trigger(body, lost, what):
+    reader = LineReader()
+    reader.feed(encode_plc(PeerBeat(0), 0), 0)
+    (found,) = reader.feed(line(body), 5)
+    assert isinstance(found, Garbage)
+    assert found.lost == lost
+    assert what in found.what
+    # its number counts: nothing is missing before the next line
+    assert reader.feed(encode_plc(PeerBeat(0), 2), 6) == [PeerBeat(6)]
 
 
 def test_bytes_without_end_do_not_pile_up():
     reader = LineReader()
     found = [each for _ in range(100) for each in reader.feed(b"\x55" * 100, 0)]
     assert len(found) == 33
-    assert all(isinstance(each, Garbage) for each in found)
+    assert all(isinstance(each, Garbage) and each.lost for each in found)
 
 
 def test_what_was_missed_while_the_port_was_closed_shows_as_a_gap():

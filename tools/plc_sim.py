@@ -46,6 +46,7 @@ class Gate:
         self.rejected: list[int] = []
         self.verdicts: Counter[str] = Counter()
         self.states: list[str] = []
+        self.recipe, self.enabled = 0, False  # as the last STATE says
         self.levels: list[tuple[int, bool]] = []  # of the gate output, and for which part
         self.beats = self.damaged = self.lost = self.silences = 0
         self._silence_s, self._last_heard = silence_s, 0.0
@@ -84,6 +85,7 @@ class Gate:
     def _take(self, message: Outgoing) -> None:
         match message:
             case State(state):
+                self.recipe, self.enabled = message.recipe, message.enabled
                 if not self.states or self.states[-1] != state:  # it comes again with every beat
                     self.states.append(state)
                 if state == "BOOT":
@@ -102,7 +104,7 @@ class Gate:
         return (
             f"PLC: {len(self.passed)} parts let through, {len(self.rejected)} rejected; {self.beats} heartbeats, "
             f"{self.lost} lost and {self.damaged} damaged lines, {self.silences} silences; "
-            f"states {' '.join(self.states) or 'none'}"
+            f"states {' '.join(self.states) or 'none'}, recipe {self.recipe or 'none'}"
         )
 
 

@@ -20,7 +20,6 @@ from stpm.edge.plc.messages import (
     ClearAsked,
     Counted,
     Enabled,
-    GateTimes,
     Incoming,
     Part,
     PeerBeat,
@@ -28,6 +27,7 @@ from stpm.edge.plc.messages import (
     State,
     Triggered,
     Undelivered,
+    gate_times,
 )
 from stpm.edge.plc.registers import Bit, Control, Status
 
@@ -41,10 +41,12 @@ Phase = Literal["free", "valid", "acknowledged", "withdrawn"]
 
 
 class Handshake:
-    def __init__(self, queue: int, acknowledge_ns: int, beat_ns: int, now_ns: int) -> None:
-        """`beat_ns`: HEARTBEAT toggles with every Beat, and with other messages when it has not for half of this."""
+    def __init__(self, queue: int, acknowledge_ns: int, expire_ns: int, beat_ns: int, now_ns: int) -> None:
+        """`expire_ns`: age of a trigger from which on no result of it can come. `beat_ns`: HEARTBEAT toggles with
+        every Beat, and with other messages when it has not for half of this."""
         self._queue: deque[Part] = deque()
-        self._longest, self._acknowledge_ns, self._beat_ns = queue, acknowledge_ns, beat_ns
+        self._longest, self._acknowledge_ns, self._expire_ns = queue, acknowledge_ns, expire_ns
+        self._beat_ns = beat_ns
         self._began_ns = self._beat_at_ns = now_ns
         self._status = Status()
         self._control: Control | None = None
@@ -53,22 +55,29 @@ class Handshake:
         self._presented: Part | None = None
         self._until_ns = 0  # end of the phase "valid" or "withdrawn"
         self._shown = False  # the PLC has got the present phase
-        self._open_triggers = 0
-        self._latched: set[Bit] = set()  # OVERRUN, HEARTBEAT, GATE, SIMULATED and the mirrors of edges
+        self._inspecting = False  # a trigger becomes a part
+        self._open: deque[tuple[int, int]] = deque()  # triggers without a result: number or 0, and until when
+        self._times = 0, 0  # of the gate, as the PLC had them last; kept when it is lost
+        # OVERRUN, HEARTBEAT, GATE, SIMULATED, ENABLED and the mirrors of edges
+        self._latched: set[Bit] = set()
         self.refusal = ""  # why the PLC does not take what we show, where it says so
 
     # --- what we say
 
     def post(self, message: State | Part | Beat, now_ns: int) -> None:
         match message:
-            case State(state, reason, recipe, code, bundle):
+            case State(state, reason, recipe, code, bundle, enabled):
                 number = int(bundle[:8] or "0", 16)
                 self._status = replace(self._status, state=state, recipe=recipe, error=code, bundle=number)
                 self._set(Bit.SIMULATED, "SIMULATED" in reason.split())
-                if state not in PASSING:
-                    self._open_triggers = 0
-            case Part():
-                self._open_triggers = max(0, self._open_triggers - 1)
+                self._set(Bit.ENABLED, enabled)
+                self._inspecting = enabled and state in PASSING
+                if not self._inspecting:
+                    self._open.clear()
+            case Part(id):
+                answered = next((trigger for trigger in self._open if trigger[0] in (id, 0)), None)
+                if answered is not None:
+                    self._open.remove(answered)
                 self._queue.append(message)
                 if len(self._queue) > self._longest:
                     self._undelivered(self._queue.popleft(), now_ns, "overrun: the PLC takes no results")
@@ -93,17 +102,20 @@ class Handshake:
         """
         before, self._control = self._control, control
         first = before is None
-        before = before or replace(control, delay=0, pulse_ms=0)
+        before = before or control
         if first or control.enable != before.enable:
             self._events.append(Enabled(now_ns, control.enable))
         if control.heartbeat != before.heartbeat:
             self._events.append(PeerBeat(now_ns))
-        if (control.delay, control.pulse_ms) != (before.delay, before.pulse_ms):
-            self._events.append(GateTimes(now_ns, control.delay, control.pulse_ms))
+        times = control.delay, control.pulse_ms
+        if times != self._times:
+            self._times = times
+            self._events.append(gate_times(now_ns, *times))
         if counted:
             self._events.append(Counted(now_ns, control.count))
         if self._rises(before.trigger, control.trigger, Bit.TRIGGER_ACK):
-            self._open_triggers += 1
+            if self._inspecting:
+                self._open.append((control.part_id, now_ns + self._expire_ns))
             self._events.append(Triggered(now_ns, control.part_id or None))
         if self._rises(before.recipe_change, control.recipe_change, Bit.RECIPE_ACK):
             self._events.append(RecipeAsked(now_ns, control.recipe))
@@ -139,6 +151,8 @@ class Handshake:
             assert self._presented is not None
             self._undelivered(self._presented, now_ns, self.refusal or "not acknowledged in time")
             self._enter("withdrawn", now_ns + WITHDRAWN_NS)
+        while self._open and now_ns >= self._open[0][1]:
+            self._open.popleft()
         # not known: perhaps
         acknowledging = self._control is None or self._control.result_ack
         low = self._phase in ("acknowledged", "withdrawn") and self._shown and now_ns >= self._until_ns
@@ -156,6 +170,7 @@ class Handshake:
         times = [part.expires_ns for part in self._queue if part.expires_ns is not None]
         if self._phase == "valid" or (self._phase == "withdrawn" and self._shown and self._queue):
             times.append(self._until_ns)
+        times += [until_ns for _, until_ns in self._open]
         return min(times, default=None)
 
     # --- what comes of it
@@ -172,7 +187,7 @@ class Handshake:
             Bit.READY: state in PASSING,
             Bit.FAULT: state == "FAULT",
             Bit.DEGRADED: state == "DEGRADED",
-            Bit.BUSY: self._open_triggers > 0,
+            Bit.BUSY: bool(self._open),
         }
         bits |= {bit for bit, is_on in on.items() if is_on}
         if self._phase == "valid":

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 STATES = ("BOOT", "SELF_TEST", "READY", "RUNNING", "DEGRADED", "FAULT", "STOPPED")
 PASSING = ("READY", "RUNNING", "DEGRADED")  # parts may pass; in every other state the PLC rejects
 VERDICTS = ("PASS", "FAIL", "UNKNOWN")
+# of what a PLC may set: delay in ms or counts
+LONGEST_DELAY, LONGEST_PULSE_MS = 600_000, 10_000
 
 
 # --- from the line to the PLC
@@ -17,6 +19,7 @@ class State:
     recipe: int = 0
     code: int = 0  # of the fault: the exit code it would have
     bundle: str = ""  # sha256 of the bundle of that recipe; links that can carry it show the first eight digits
+    enabled: bool = True  # parts are inspected: what the PLC's ENABLE has come to
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Triggered:
 
 @dataclass(frozen=True)
 class Delivered:
-    """The last byte of this part's result has been handed to the port, or the PLC has taken the write."""
+    """The last byte of this part's result has been handed to the port, with at most a tenth of a second of line time
+    before it, or the PLC has taken the write."""
 
     id: int
     at_ns: int
@@ -125,6 +129,14 @@ class Unswitched:
 
 
 @dataclass(frozen=True)
+class GateReleased:
+    """The link has put the gate output to its safe level itself: the line had not been heard from."""
+
+    at_ns: int
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Counted:
     """The encoder stood at `count` (unsigned, 32 bits, wraps) at `at_ns`."""
 
@@ -155,7 +167,8 @@ class RecipeAsked:
 
 @dataclass(frozen=True)
 class GateTimes:
-    """The PLC sets the reject delay (ms or counts) and the pulse (ms); 0 keeps what the station says."""
+    """The PLC sets the reject delay (ms or counts) and the pulse (ms). With 0 that of the station's file counts, also
+    after another value."""
 
     at_ns: int
     delay: int
@@ -170,10 +183,23 @@ class ClearAsked:
 @dataclass(frozen=True)
 class Garbage:
     """Something that is wrong with the line, though it works: noise, a wrong checksum, a gap in the PLC's numbers, an
-    exception answer, an adapter that waits."""
+    exception answer, an adapter that waits. At most one a second of those with `lost` and one of those without."""
 
     at_ns: int
     what: str
+    lost: bool = False  # something that the PLC said did not arrive, or arrived damaged: it may have been a trigger
+    count: int = 1  # so many are told with this one
+
+
+def gate_times(at_ns: int, delay: int, pulse_ms: int) -> GateTimes | Garbage:
+    """What the PLC has set; Garbage where it cannot be meant."""
+    if delay <= LONGEST_DELAY and pulse_ms <= LONGEST_PULSE_MS:
+        return GateTimes(at_ns, delay, pulse_ms)
+    return Garbage(
+        at_ns,
+        f"the PLC sets a reject delay of {delay} and a pulse of {pulse_ms} ms, at most {LONGEST_DELAY} and "
+        f"{LONGEST_PULSE_MS} ms are taken: both stay as they were, correct them in the PLC",
+    )
 
 
 Incoming = (
@@ -185,6 +211,7 @@ Incoming = (
     | Undelivered
     | Switched
     | Unswitched
+    | GateReleased
     | Counted
     | PeerBeat
     | Enabled

@@ -20,7 +20,8 @@ def silence_s(settings: PlcSettings) -> float:
 
 def new_handshake(settings: PlcSettings, now_ns: int) -> Handshake:
     beat_ns = round(settings.heartbeat_s * 1e9)
-    return Handshake(settings.queue, round(settings.acknowledge_ms * MS), beat_ns, now_ns)
+    acknowledge_ns, expire_ns = round(settings.acknowledge_ms * MS), round(settings.expire_ms * MS)
+    return Handshake(settings.queue, acknowledge_ns, expire_ns, beat_ns, now_ns)
 
 
 def check_master_map(map: RegisterMap) -> None:

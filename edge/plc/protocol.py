@@ -4,8 +4,10 @@ Every line is `BODY*CCCC\r\n`, ASCII. CCCC is the CRC-16/XMODEM of BODY (polynom
 hexadecimal digits. BODY is one of
 
     ours
-    STATE,<seq>,<state>[,<reason>]          one of messages.STATES; READY,SIMULATED without an engine; comes again
-                                            after every BEAT, but for BOOT
+    STATE,<seq>,<state>[,<words>]           one of messages.STATES; comes again after every BEAT, but for BOOT. Words
+                                            with a space between: a reason, SIMULATED without an engine; then
+                                            recipe=<n>, the one in use, none at first; then enable=0 while no part is
+                                            inspected
     PART,<seq>,<id>,<verdict>,<score>       PASS, FAIL or UNKNOWN; the score as 1.2345e-03, or NONE
     BEAT,<seq>,<judged>                     the link and the judging loop are alive
     GATE,<seq>,<id>,<0|1>                   the gate output has this level from now on
@@ -18,11 +20,12 @@ hexadecimal digits. BODY is one of
     RECIPE,<seq>,<n>                        change to recipe n
     ENABLE,<seq>,<0|1>                      inspect, or do not
     CLEAR,<seq>                             clear the fault
-    TIMES,<seq>,<delay>,<pulse_ms>          reject delay (ms or counts) and pulse; 0 keeps what the station says
+    TIMES,<seq>,<delay>,<pulse_ms>          reject delay (ms or counts, to 600000) and pulse (to 10000); 0:
+                                            what the station says
 
 <seq> starts with 0, counts every line of its sender up to 65535 and starts again at 0, so the other side sees a lost
 line. <id> is the PLC's number of the trigger, or counts the parts from 1. Empty lines mean nothing: one is sent first,
-and one after a failed write. A reason has no comma, no asterisk and no control character.
+and one after a failed write. A reason has no comma, no asterisk, no equals sign and no control character.
 
 What the PLC must do: let a part through only for a PASS with that part's id and a right CRC while the state is READY,
 RUNNING or DEGRADED. Everything else rejects: FAIL, UNKNOWN, no PASS in time (lost, damaged or late), an id seen
@@ -50,6 +53,7 @@ from stpm.edge.plc.messages import (
     RecipeAsked,
     State,
     Triggered,
+    gate_times,
 )
 
 __all__ = [
@@ -80,8 +84,9 @@ class ProtocolError(ValueError):
 def encode(message: Outgoing, sequence: int) -> bytes:
     """One of our lines, its end included."""
     match message:
-        case State(state, reason):
-            body = f"STATE,{sequence},{state}" + (f",{_plain(reason)}" if reason else "")
+        case State(state, reason, recipe, _, _, enabled):
+            words = [_plain(reason), f"recipe={recipe}" if recipe else "", "" if enabled else "enable=0"]
+            body = ",".join(["STATE", str(sequence), state, *filter(None, [" ".join(filter(None, words))])])
         case Part(id, verdict, score):
             body = f"PART,{sequence},{id},{verdict},{'NONE' if score is None else format(score, '.4e')}"
         case Beat(judged):
@@ -100,8 +105,13 @@ def decode(line: bytes) -> tuple[int, Outgoing]:
 
 def _ours(kind: str, fields: list[str]) -> Outgoing:
     match kind, fields:
-        case "STATE", [state, *reason] if state in STATES and len(reason) <= 1:
-            return State(state, "".join(reason))
+        case "STATE", [state, *text] if state in STATES and len(text) <= 1:
+            words = " ".join(text).split(" ")
+            enabled = words[-1] != "enable=0"
+            if not enabled:
+                words.pop()
+            recipe = words.pop().removeprefix("recipe=") if words and words[-1].startswith("recipe=") else "0"
+            return State(state, " ".join(words), _whole(recipe), enabled=enabled)
         case "PART", [id, verdict, score] if verdict in VERDICTS:
             return Part(_whole(id), verdict, None if score == "NONE" else _real(score))
         case "BEAT", [judged]:
@@ -163,7 +173,7 @@ def _theirs(kind: str, fields: list[str], at_ns: int) -> Incoming:
         case "CLEAR", []:
             return ClearAsked(at_ns)
         case "TIMES", [delay, pulse_ms]:
-            return GateTimes(at_ns, _whole(delay, U32), _whole(pulse_ms, U32))
+            return gate_times(at_ns, _whole(delay, U32), _whole(pulse_ms, U32))
     raise ProtocolError(f"unknown message {kind} with fields {fields}")
 
 
@@ -188,20 +198,27 @@ class LineReader:
                 messages += self._take(line, at_ns)
             self._joined_late = False
         if len(self._rest) > LONGEST_LINE:
-            messages.append(Garbage(at_ns, f"{len(self._rest)} bytes without the end of a line: {self._rest[:32]!r}"))
+            what = f"{len(self._rest)} bytes without the end of a line: {self._rest[:32]!r}"
+            messages.append(Garbage(at_ns, what, lost=True))
             self._rest = b""
         return messages
 
     def _take(self, line: bytes, at_ns: int) -> list[Incoming]:
         try:
-            sequence, message = decode_plc(line, at_ns)
+            kind, sequence, fields = _fields(line)
         except ProtocolError as error:
             # the rest of a line that began before we listened is no fault of the line
-            return [] if self._joined_late else [Garbage(at_ns, str(error))]
+            return [] if self._joined_late else [Garbage(at_ns, str(error), lost=True)]
+        messages: list[Incoming] = []
         expected, self._expected = self._expected, (sequence + 1) % SEQUENCE_MODULUS
-        if expected is None or sequence == expected:
-            return [message]
-        return [Garbage(at_ns, f"the PLC's next line is {sequence}, not {expected}: some are lost"), message]
+        if expected is not None and sequence != expected:
+            what = f"the PLC's next line is {sequence}, not {expected}: some are lost"
+            messages.append(Garbage(at_ns, what, lost=True))
+        try:
+            messages.append(_theirs(kind, fields, at_ns))
+        except ProtocolError as error:  # it arrived as it was meant, whatever that may be
+            messages.append(Garbage(at_ns, str(error), lost=kind == "TRIG"))
+        return messages
 
 
 # --- both
@@ -245,4 +262,4 @@ def _checksum(body: str) -> int:
 
 
 def _plain(reason: str) -> str:
-    return re.sub(r"[^ -~]|[,*]", " ", reason)[:80].strip()
+    return re.sub(r"[^ -~]|[,*=]", " ", reason)[:80].strip()

@@ -100,7 +100,7 @@ def control_tables(control: Control) -> tuple[list[bool], list[int]]:
 
 class Bit(IntEnum):
     READY = 0  # parts may pass: READY, RUNNING or DEGRADED
-    BUSY = 1  # a trigger was taken whose result is not there yet
+    BUSY = 1  # a trigger was taken whose result is not there yet, and still may come
     TRIGGER_ACK = 2  # TRIGGER was seen; falls with it
     RESULT_VALID = 3  # the result registers belong to one part; falls with RESULT_ACK
     PASS = 4  # these three only while RESULT_VALID is on, and exactly one of them
@@ -114,9 +114,10 @@ class Bit(IntEnum):
     RECIPE_ACK = 12  # RECIPE_CHANGE was seen; falls with it. The recipe register tells when it has happened
     CLEAR_ACK = 13  # CLEAR_FAULT was seen; falls with it
     SIMULATED = 14  # the verdicts are made up (`--backend fake`): never for product
+    ENABLED = 15  # parts are inspected: what ENABLE has come to
 
 
-STATUS_BITS = 16  # one word; the last is always off
+STATUS_BITS = len(Bit)  # one word
 
 
 @dataclass(frozen=True)

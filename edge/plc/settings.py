@@ -6,6 +6,8 @@ import msgspec
 
 from stpm.edge.limits import AtLeastOne, NotNegative, Positive
 
+# the last words of a link take a few of them
+Timeout = Annotated[float, msgspec.Meta(gt=0, le=500)]
 Protocol = Literal["ascii", "modbus-master", "modbus-slave", "pins"]
 
 
@@ -45,7 +47,7 @@ class PlcSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: Literal["N", "E", "O"] = "N"
     stop_bits: Literal[1, 2] = 1
     device_id: Annotated[int, msgspec.Meta(ge=1, le=247)] = 1  # Modbus: ours as slave, the PLC's as master
-    timeout_ms: Positive = 200.0  # of every read and write
+    timeout_ms: Timeout = 200.0  # of every read and write, at most 500
     poll_ms: Positive = 20.0  # modbus-master: how often the PLC is read
     heartbeat_s: Positive = 0.5  # longest silence of ours
     peer_timeout_s: NotNegative = 0.0  # longest silence of the PLC before FAULT; 0: the PLC need not beat
