@@ -3,11 +3,10 @@
 import contextlib
 import gc
 import random
-import select
 import time
-from collections import Counter
 
 import pytest
+from plc_bench import Heard, answers
 from pymodbus import ModbusException
 from pymodbus.client import ModbusSerialClient
 from pymodbus.constants import ExcCodes
@@ -20,7 +19,6 @@ from stpm.edge.plc.messages import (
     Beat,
     ClearAsked,
     Connected,
-    Counted,
     Delivered,
     Disconnected,
     Enabled,
@@ -42,39 +40,6 @@ from stpm.tools.cable import PtyCable
 from stpm.tools.plc_modbus import MasterPlc, Program, SlavePlc, wait_until
 
 KINDS = {"modbus-master": SlavePlc, "modbus-slave": MasterPlc}
-
-
-class Heard:
-    """Events of a link as they come, but for the encoder, which comes with every poll."""
-
-    def __init__(self, link):
-        self.link, self.events, self.counts = link, [], []
-
-    def take(self, timeout_s=0.05):
-        if select.select([self.link.fileno()], [], [], timeout_s)[0]:
-            for event in self.link.events():
-                (self.counts if isinstance(event, Counted) else self.events).append(event)
-
-    def until(self, true, timeout_s=3.0):
-        deadline = time.monotonic() + timeout_s
-        while not true(self.events):
-            assert time.monotonic() < deadline, self.events
-            self.take()
-        return self.events
-
-    def one(self, kind, timeout_s=3.0):
-        """The first event of that kind, and forget it."""
-        self.until(lambda events: any(isinstance(event, kind) for event in events), timeout_s)
-        event = next(event for event in self.events if isinstance(event, kind))
-        self.events.remove(event)
-        return event
-
-
-ANSWERS = Delivered, Acknowledged, Undelivered
-
-
-def answers(events):
-    return Counter(event.id for event in events if isinstance(event, ANSWERS))
 
 
 @pytest.fixture

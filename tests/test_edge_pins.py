@@ -5,6 +5,7 @@ import time
 
 import pytest
 import serial
+from plc_bench import Device, FakeSerial
 
 from stpm.edge.errors import ConfigError, PlcError
 from stpm.edge.plc import open_link
@@ -24,55 +25,6 @@ from stpm.edge.plc.pins import PinsPort
 from stpm.edge.plc.settings import Pins, PlcSettings
 from stpm.tools.cable import PtyCable
 from stpm.tools.plc_modbus import wait_until
-
-
-class Device:
-    """What is behind /dev/ttyUSB0: its lines, everything that was done to it, and whether it is plugged in."""
-
-    def __init__(self):
-        self.rts = self.dtr = self.cts = self.dsr = False
-        self.plugged = True
-        self.log = []
-
-
-class FakeSerial:
-    """The part of pyserial that a relay needs. Like the kernel, opening switches on what nobody has switched off."""
-
-    device: Device
-
-    def __init__(self):
-        self.is_open = False
-        self._wanted = {"rts": True, "dtr": True}
-
-    def open(self):
-        if not self.device.plugged:
-            raise serial.SerialException(2, "no such device")
-        self.is_open = True
-        self.device.log.append(("open", dict(self._wanted)))
-        self.device.rts, self.device.dtr = self._wanted["rts"], self._wanted["dtr"]
-
-    def close(self):
-        self.is_open = False
-        self.device.log.append(("close",))
-        self.device.rts = self.device.dtr = False
-
-    def _set(self, pin, level):
-        self._wanted[pin] = level
-        if self.is_open:
-            if not self.device.plugged:
-                raise OSError(5, "Input/output error")
-            setattr(self.device, pin, level)
-            self.device.log.append((pin, level))
-
-    def _get(self, pin):
-        if not self.device.plugged:
-            raise OSError(5, "Input/output error")
-        return getattr(self.device, pin)
-
-    rts = property(lambda self: self._wanted["rts"], lambda self, level: self._set("rts", level))
-    dtr = property(lambda self: self._wanted["dtr"], lambda self, level: self._set("dtr", level))
-    cts = property(lambda self: self._get("cts"))
-    dsr = property(lambda self: self._get("dsr"))
 
 
 @pytest.fixture

@@ -194,6 +194,7 @@ class SlavePlc(_Thread):
         self.registers = [0] * SIZE
         self.refuse: ExcCodes | None = None  # answer every write with this
         self.silent = False  # answer nothing
+        self.unheard = 0  # requests that it does not hear from now on
         self.reads = 0  # requests
         self.writes: list[tuple[int, int, list[int] | list[bool], float]] = []  # function, address, values, when
         self._started = threading.Event()
@@ -232,7 +233,10 @@ class SlavePlc(_Thread):
         await asyncio.sleep(0)
 
     def _silenced(self, sending: bool, pdu: ModbusPDU) -> ModbusPDU:
-        return None if self.silent and not sending else pdu  # type: ignore[return-value]
+        heard = sending or not (self.silent or self.unheard)
+        if not sending:
+            self.unheard = max(0, self.unheard - 1)
+        return pdu if heard else None  # type: ignore[return-value]
 
     async def _accessed(
         self,

@@ -1,6 +1,7 @@
 """The ASCII protocol on a serial device or pseudo-terminal: 8 data bits, no flow control.
 
-RTS and DTR are on while the port is open and fall when it is closed, also by a crash.
+RTS and DTR are on while the port is open and fall when it is closed, also by a crash. Odd about the outside world: a
+device takes lines as long as its buffer has room, whether any of them leaves or not.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import time
 
 import serial
 
+from stpm.edge.errors import PlcError
 from stpm.edge.plc.handshake import MS, Pending
 from stpm.edge.plc.messages import (
     Acknowledged,
@@ -23,10 +25,18 @@ from stpm.edge.plc.messages import (
     Switched,
 )
 from stpm.edge.plc.protocol import SEQUENCE_MODULUS, LineReader, encode
-from stpm.edge.plc.serial_port import SERIAL_ERRORS, adapter_notes, does_not_take, is_gone, open_serial
+from stpm.edge.plc.serial_port import (
+    SERIAL_ERRORS,
+    LineTime,
+    adapter_notes,
+    character_s,
+    does_not_take,
+    is_gone,
+    open_serial,
+)
 from stpm.edge.plc.settings import PlcSettings
 
-# how often `close` looks whether the last byte is out
+# how often it is looked whether the last byte is out
 DRAIN_S = 0.002
 
 
@@ -40,26 +50,37 @@ class AsciiPort:
         self._state: State | None = None
         # the first line, and one after a write that failed, must not be glued to what is already on the wire
         self._separate = True
+        self._line_time = LineTime(character_s(settings))
+        self._stopped = False  # the device was found not to let anything out
 
     def open(self) -> list[Incoming]:
         self._port = open_serial(self._settings)
         self._reader.reopened()
         self._separate = True
+        self._line_time = LineTime(character_s(self._settings))
+        if self._stopped:
+            self._try_out()
         return adapter_notes(self._settings.port)
 
+    def _try_out(self) -> None:
+        """It opened though nothing left it before: it counts as there when an empty line leaves it."""
+        try:
+            self._write(b"\r\n")
+            if not self._drained(self._settings.timeout_ms / 1000):
+                raise does_not_take(self._settings.port, OSError("nothing leaves the device"))
+        except PlcError:
+            self.close(0)
+            raise
+        self._stopped = False
+
     def send(self, message: Outgoing, now_ns: int) -> list[Incoming]:
-        assert self._port is not None
         lines = self._line(message)
         if isinstance(message, State):
             self._state = message
         elif isinstance(message, Beat) and self._state is not None and self._state.state != "BOOT":
             # again: that line may have been lost on the way, or the PLC was switched on later
             lines += self._line(self._state)
-        try:
-            self._port.write(b"\r\n" + lines if self._separate else lines)
-        except SERIAL_ERRORS as error:
-            raise does_not_take(self._settings.port, error) from error
-        self._separate = False
+        self._write(b"\r\n" + lines if self._separate else lines)
         at_ns = time.monotonic_ns()
         match message:
             case Gate(id, active):
@@ -69,6 +90,16 @@ class AsciiPort:
                     return [Delivered(id, at_ns)]
                 self._pending.sent(id, at_ns)
         return []
+
+    def _write(self, data: bytes) -> None:
+        assert self._port is not None
+        self._separate = True  # until it has been taken as a whole
+        try:
+            self._port.write(data)
+        except SERIAL_ERRORS as error:
+            raise does_not_take(self._settings.port, error) from error
+        self._separate = False
+        self._line_time.wrote(len(data), time.monotonic())
 
     def _line(self, message: Outgoing) -> bytes:
         line = encode(message, self._sequence)
@@ -95,19 +126,39 @@ class AsciiPort:
             return Garbage(now_ns, f"an ACK for part {message.id}, which does not wait for one")
         return message
 
+    def backlog_s(self) -> float:
+        assert self._port is not None
+        try:
+            waiting = self._port.out_waiting
+        except SERIAL_ERRORS as error:
+            raise is_gone(self._settings.port, error) from error
+        now_s = time.monotonic()
+        if self._line_time.overdue_s(waiting, now_s) > self._settings.timeout_ms / 1000:
+            self._stopped = True
+            raise does_not_take(self._settings.port, OSError(f"{waiting} bytes do not leave the device"))
+        return self._line_time.left_s(waiting, now_s)
+
     def close(self, timeout_s: float) -> bool:
-        port, self._port = self._port, None
-        if port is None:
+        if self._port is None:
             return False
         drained = False
         with contextlib.suppress(*SERIAL_ERRORS):  # a device that is gone has nothing left to take
-            deadline = time.monotonic() + timeout_s
-            while port.out_waiting and time.monotonic() < deadline:
-                time.sleep(DRAIN_S)
-            drained = not port.out_waiting
+            drained = self._drained(timeout_s)
+            if not drained:
+                # the kernel would wait for it, for half a minute; and what is late is of no use
+                self._port.reset_output_buffer()
+        port, self._port = self._port, None
         with contextlib.suppress(*SERIAL_ERRORS):
             port.close()
-        return drained
+        return drained and not self._separate
+
+    def _drained(self, timeout_s: float) -> bool:
+        """Whether all has left within that time."""
+        assert self._port is not None
+        deadline = time.monotonic() + timeout_s
+        while self._port.out_waiting and time.monotonic() < deadline:
+            time.sleep(DRAIN_S)
+        return not self._port.out_waiting
 
 
 class Nowhere:
@@ -135,6 +186,9 @@ class Nowhere:
 
     def tick(self, now_ns: int) -> list[Incoming]:
         return []
+
+    def backlog_s(self) -> float:
+        return 0.0
 
     def close(self, timeout_s: float) -> bool:
         return True

@@ -2,18 +2,14 @@
 
 One exchange at a time, and between two of them the link may send a gate edge, so an edge waits for one exchange at
 most. Odd about the outside world: a PLC that is silent or refuses looks the same as a good one until somebody asks;
-an answer may be lost to noise, so only LIMIT exchanges in a row without one mean that the PLC is gone; what the PLC
-refuses (exception answer) is written again with every poll, until it is too old.
+what the PLC refuses (exception answer) is written again with every poll, until it is too old; and after every write of
+the gate that got no good answer nobody knows where the gate is, so all that is written next has it at its safe level.
 """
 
 import contextlib
 import select
 import time
-from typing import Any
 
-from pymodbus import ModbusException
-from pymodbus.client import ModbusSerialClient
-from pymodbus.pdu import ExceptionResponse, ModbusPDU
 from pymodbus.pdu.bit_message import (
     ReadCoilsRequest,
     ReadDiscreteInputsRequest,
@@ -38,7 +34,8 @@ from stpm.edge.plc.messages import (
     Triggered,
     Unswitched,
 )
-from stpm.edge.plc.modbus import check_master_map, new_handshake, silence_s
+from stpm.edge.plc.modbus import check_master_map, new_handshake
+from stpm.edge.plc.modbus_exchange import Exchange, RefusedError
 from stpm.edge.plc.registers import (
     CONTROL_COILS,
     CONTROL_REGISTERS,
@@ -48,24 +45,21 @@ from stpm.edge.plc.registers import (
     status_bits,
     status_registers,
 )
-from stpm.edge.plc.serial_port import SERIAL_ERRORS, adapter_notes, is_gone, no_answer, open_serial
+from stpm.edge.plc.serial_port import adapter_notes
 from stpm.edge.plc.settings import PlcSettings, RemoteIo
 
-LIMIT = 3  # exchanges in a row without an answer
 TELL_AGAIN_NS = 60_000 * MS  # the same refusal
 REFRESH_NS = 2_000 * MS  # all registers, whatever has changed: a PLC may have been restarted between two polls
-EXCEPTIONS = {1: "illegal function", 2: "illegal address", 3: "illegal value", 4: "device failure", 6: "busy"}
-
-
-class RefusedError(Exception):
-    """An exception answer, or none: this time, or every time."""
 
 
 class ModbusMaster:
-    def __init__(self, settings: PlcSettings) -> None:
+    def __init__(self, settings: PlcSettings, safe_gate: bool = False) -> None:
+        """`safe_gate`: what the gate output is put to whenever nobody knows where it is."""
         self._settings = settings
-        self._exchange = _Exchange(settings)
-        self._peer = _Map(settings, self._exchange) if settings.io is None else _RemoteIo(settings.io, self._exchange)
+        exchange = self._exchange = Exchange(settings)
+        self._peer = (
+            _Map(settings, exchange, safe_gate) if settings.io is None else _RemoteIo(settings.io, exchange, safe_gate)
+        )
         self._poll_ns = round(settings.poll_ms * MS)
         self._poll_at_ns = self._write_at_ns = 0
         self._told_ns: dict[str, int] = {}  # refusals, and when each was told
@@ -106,12 +100,16 @@ class ModbusMaster:
         arrived = False
         if timeout_s and self._exchange.is_open:
             self._peer.stop()
-            with contextlib.suppress(PlcError, RefusedError):
-                while not self._peer.written and time.monotonic() < deadline:
-                    self._peer.write()
-                arrived = self._peer.written
+            self._exchange.patient = True
+            with contextlib.suppress(PlcError):  # the device is gone
+                while not (arrived := self._peer.written) and time.monotonic() < deadline:
+                    with contextlib.suppress(RefusedError):
+                        self._peer.write()
         self._exchange.close()
         return arrived
+
+    def backlog_s(self) -> float:
+        return 0.0  # one exchange at a time
 
     def _write(self) -> list[Incoming]:
         try:
@@ -146,10 +144,11 @@ class ModbusMaster:
 class _Map:
     """A PLC with the map of registers.py: it is read in two steps and written bit by bit, registers by registers."""
 
-    def __init__(self, settings: PlcSettings, exchange: "_Exchange") -> None:
+    def __init__(self, settings: PlcSettings, exchange: Exchange, safe_gate: bool) -> None:
         check_master_map(settings.map)
-        self._map, self._exchange = settings.map, exchange
+        self._map, self._exchange, self._safe_gate = settings.map, exchange, safe_gate
         self._handshake = new_handshake(settings, time.monotonic_ns())
+        self._gate_used = False
         self._coils: tuple[list[bool], int] | None = None  # read, when; their registers are not read yet
         self.reopened()
 
@@ -159,6 +158,8 @@ class _Map:
         self._refresh_at_ns = 0
         self._coils = None
         self._handshake.forget()
+        if self._gate_used:
+            self._handshake.gate(self._safe_gate)  # all bits are written before the next edge
 
     def post(self, message: State | Part | Beat, now_ns: int) -> None:
         self._handshake.post(message, now_ns)
@@ -177,12 +178,13 @@ class _Map:
         self._handshake.refusal = sentence
 
     def switch(self, active: bool) -> None:
+        self._gate_used = True
         self._handshake.gate(active)
         try:
             self._exchange(WriteSingleCoilRequest(address=self._map.status_bits + Bit.GATE, bits=[active]))
         except (RefusedError, PlcError):
-            # nobody knows where it is: it is off until the next edge, and all bits are written again
-            self._handshake.gate(False)
+            # nobody knows where it is: it is safe until the next edge, and all bits are written again
+            self._handshake.gate(self._safe_gate)
             self._bits = None
             raise
         if self._bits is not None:
@@ -238,17 +240,20 @@ class _Map:
 class _RemoteIo:
     """Single coils of an I/O block that knows nothing of parts: the gate, READY and a heartbeat for its watchdog."""
 
-    def __init__(self, io: RemoteIo, exchange: "_Exchange") -> None:
-        self._io, self._exchange = io, exchange
+    def __init__(self, io: RemoteIo, exchange: Exchange, safe_gate: bool) -> None:
+        self._io, self._exchange, self._safe_gate = io, exchange, safe_gate
         used = (io.gate_coil, io.ready_coil, io.heartbeat_coil)
         self._wanted = {coil: False for coil in used if coil is not None}
         self._events: list[Incoming] = []
         self._input: bool | None = None
+        self._gate_used = False
         self.reopened()
 
     def reopened(self) -> None:
         self._has: dict[int, bool] = {}
         self._input = None
+        if self._gate_used and self._io.gate_coil is not None:
+            self._wanted[self._io.gate_coil] = self._safe_gate
 
     def post(self, message: State | Part | Beat, now_ns: int) -> None:
         match message:
@@ -276,12 +281,13 @@ class _RemoteIo:
         coil = self._io.gate_coil
         if coil is None:
             raise RefusedError("[plc.io] has no gate_coil")
+        self._gate_used = True
         self._wanted[coil] = active
         try:
             self._set(coil, active)
         except (RefusedError, PlcError):
             self._has.pop(coil, None)
-            self._wanted[coil] = False
+            self._wanted[coil] = self._safe_gate
             raise
 
     @property
@@ -308,86 +314,3 @@ class _RemoteIo:
     def _set(self, coil: int, level: bool) -> None:
         self._exchange(WriteSingleCoilRequest(address=coil, bits=[level]))
         self._has[coil] = level
-
-
-class _Exchange:
-    """One request, one answer. Counts those that stay without."""
-
-    def __init__(self, settings: PlcSettings) -> None:
-        self._settings = settings
-        self._client: _Client | None = None
-        self._unanswered = 0
-
-    @property
-    def is_open(self) -> bool:
-        return self._client is not None
-
-    def open(self) -> None:
-        settings = self._settings
-        port = open_serial(settings)
-        self._client = _Client(
-            settings.port,
-            timeout=settings.timeout_ms / 1000,
-            baudrate=settings.baud,
-            retries=0,
-            handle_local_echo=settings.local_echo,
-        )
-        self._client.socket = port
-        self._client.silence_s = silence_s(settings)
-        # a PLC that was lost counts as there when it answers the first time
-        self._unanswered = LIMIT - 1
-
-    def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None and client.socket is not None:
-            with contextlib.suppress(*SERIAL_ERRORS):
-                client.socket.close()
-
-    def __call__(self, request: ModbusPDU) -> ModbusPDU:
-        """The answer. RefusedError when it is an exception, or does not come; PlcError when too many did not come or
-        the device is gone."""
-        client, port = self._client, self._settings.port
-        assert client is not None
-        what = f"{type(request).__name__.removesuffix('Request')} at {request.address}"
-        request.dev_id = self._settings.device_id
-        try:
-            answer = client.execute(False, request)
-        except ModbusException as error:
-            if client.socket is None:
-                raise is_gone(port, error.__context__ or error) from error
-            self._unanswered += 1
-            if self._unanswered >= LIMIT:
-                raise no_answer(port, what) from error
-            raise RefusedError(f"the PLC does not answer {what}") from error
-        except SERIAL_ERRORS as error:
-            raise is_gone(port, error) from error
-        self._unanswered = 0
-        if isinstance(answer, ExceptionResponse):
-            code = answer.exception_code
-            raise RefusedError(f"the PLC refuses {what}: exception {code} ({EXCEPTIONS.get(code, 'unknown')})")
-        if answer.function_code != request.function_code:
-            raise RefusedError(f"the PLC answers {what} with function {answer.function_code}")
-        return answer
-
-
-class _Client(ModbusSerialClient):
-    """pymodbus waits for an answer by sleeping, and by the wall clock, which may be set meanwhile. This one waits
-    until bytes are there, by the monotonic clock; and it leaves the wire silent before the next request."""
-
-    silence_s = 0.0
-    _deadline = _heard = 0.0
-
-    def send(self, request: bytes, addr: tuple[Any, ...] | None = None) -> int:
-        time.sleep(max(0.0, self._heard + self.silence_s - time.monotonic()))
-        size = super().send(request, addr)
-        self._deadline = time.monotonic() + self.comm_params.timeout_connect
-        return size
-
-    def recv(self, size: int | None) -> bytes:
-        port = self.socket
-        assert port is not None
-        if not select.select([port], [], [], max(0.0, self._deadline - time.monotonic()))[0]:
-            return b""
-        data: bytes = port.read(max(1, port.in_waiting))
-        self._heard = time.monotonic()
-        return data

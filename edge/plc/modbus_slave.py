@@ -106,6 +106,9 @@ class ModbusSlave:
         told, self._told = self._told, []
         return told + self._handshake.events()
 
+    def backlog_s(self) -> float:
+        return 0.0  # only answers, one at a time
+
     def close(self, timeout_s: float) -> bool:
         """Here what was sent has arrived when the PLC has read it."""
         loop, self._loop = self._loop, None

@@ -15,6 +15,7 @@ class Outbox:
         """`expire_ns`: age at which a Part without `expires_ns` is of no use."""
         self._longest, self._expire_ns = queue, expire_ns
         self.gate: Gate | None = None  # that waits
+        self.gate_ns = 0  # when it was posted
         self._parts: deque[Part] = deque()
         self._rest: deque[State | Beat] = deque()
         self.newest: State | None = None  # sent or not
@@ -23,7 +24,7 @@ class Outbox:
         """What is lost by it."""
         match message:
             case Gate():
-                overtaken, self.gate = self.gate, message
+                overtaken, self.gate, self.gate_ns = self.gate, message, now_ns
                 if overtaken is not None:
                     return [Unswitched(overtaken.id, overtaken.active, now_ns, "overtaken by a later edge")]
             case Part():
@@ -51,6 +52,10 @@ class Outbox:
     def only_the_newest(self) -> None:
         """The link is down: of states and heartbeats the last state is all that will matter."""
         self._rest.clear()
+
+    def condense(self) -> None:
+        """The device is busy with what it has: of the states that wait the newest counts, and so of the heartbeats."""
+        self._rest = deque({type(message): message for message in self._rest}.values())
 
     def expired(self, now_ns: int) -> list[Incoming]:
         """Parts that are too old by now, taken out."""

@@ -85,6 +85,9 @@ class PinsPort:
     def tick(self, now_ns: int) -> list[Incoming]:
         return []
 
+    def backlog_s(self) -> float:
+        return 0.0
+
     def close(self, timeout_s: float) -> bool:
         port, self._port = self._port, None
         if port is None:

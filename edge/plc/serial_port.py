@@ -4,7 +4,9 @@ Odd about the outside world: the kernel switches RTS and DTR on when a device is
 otherwise (pyserial takes them back within a millisecond); closing switches both off. pyserial raises termios.error,
 which is no OSError. A write to a port whose other side does not read blocks for ever without a limit, and changing a
 timeout after a write loses bytes on some adapters, so limits are set once, here. An FTDI adapter keeps what it has
-received for 16 ms unless it is told not to, and forgets that when it is unplugged.
+received for 16 ms unless it is told not to, and forgets that when it is unplugged. How much has not left yet a device
+says, if at all, only of its own queue: nothing of the adapter's, and a pseudo-terminal says 0 whatever its other side
+has not read.
 """
 
 import os
@@ -38,6 +40,31 @@ def open_serial(settings: PlcSettings, outputs_off: bool = False, timeout_s: flo
     except SERIAL_ERRORS as error:
         raise does_not_open(settings.port, error) from error
     return port
+
+
+def character_s(settings: PlcSettings) -> float:
+    """How long one character takes on the wire: start bit, 8 data bits, parity and stop bits."""
+    return (1 + 8 + (settings.parity != "N") + settings.stop_bits) / settings.baud
+
+
+class LineTime:
+    """How long what was written to a device still takes to leave it: at least as long as the speed of the wire wants,
+    and longer where the device says that more waits. Pure; the clock is passed in, in seconds."""
+
+    def __init__(self, character_s: float) -> None:
+        self._character_s = character_s
+        self._free_s = 0.0  # when it has all left, at the speed of the wire
+
+    def wrote(self, characters: int, now_s: float) -> None:
+        self._free_s = max(self._free_s, now_s) + characters * self._character_s
+
+    def left_s(self, waiting: int, now_s: float) -> float:
+        """`waiting`: characters, as the device says."""
+        return max(0.0, self._free_s - now_s, waiting * self._character_s)
+
+    def overdue_s(self, waiting: int, now_s: float) -> float:
+        """For how long the device should have been empty."""
+        return max(0.0, now_s - self._free_s) if waiting else 0.0
 
 
 def adapter_notes(port: str, folder: Path = ADAPTERS) -> list[Incoming]:
