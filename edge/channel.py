@@ -17,7 +17,8 @@ Received = TypeVar("Received")
 
 
 class ChannelClosedError(Exception):
-    """The process at the other end has gone. Not an error of the line: its supervisor starts another."""
+    """The process at the other end has gone, or has sent what is no message, which is then the text. Not an error of
+    the line: its supervisor starts another."""
 
 
 class Channel(Generic[Received]):
@@ -27,15 +28,17 @@ class Channel(Generic[Received]):
         self._socket = end
         self._socket.setblocking(False)
         self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(receives)
+        self._nonsense = ""
 
     def send(self, message: msgspec.Struct) -> bool:
-        """True when it is on its way; False when the other end does not read, or has gone."""
+        """True when it is on its way; False when the other end does not read or has gone, or the system has no memory
+        for it."""
         data = msgspec.msgpack.encode(message)
         if len(data) > LONGEST:
             raise ValueError(f"{type(message).__name__} of {len(data)} bytes is longer than {LONGEST}")
         try:
             self._socket.send(data)
-        except (BlockingIOError, ConnectionError, BrokenPipeError):
+        except OSError:
             return False
         return True
 
@@ -43,8 +46,8 @@ class Channel(Generic[Received]):
         """All that has arrived, after waiting up to `timeout` seconds for the first. ChannelClosedError when nothing
         is left and nothing can follow."""
         messages: list[Received] = []
-        if self._socket.fileno() < 0:
-            raise ChannelClosedError
+        if self._nonsense or self._socket.fileno() < 0:
+            raise ChannelClosedError(self._nonsense)
         if timeout > 0:
             select.select([self._socket], [], [], timeout)
         while True:
@@ -52,13 +55,18 @@ class Channel(Generic[Received]):
                 data = self._socket.recv(LONGEST)
             except BlockingIOError:
                 return messages
-            except ConnectionError:
+            except OSError:
                 data = b""
             if not data:
-                if messages:
-                    return messages
-                raise ChannelClosedError
-            messages.append(self._decoder.decode(data))
+                break
+            try:
+                messages.append(self._decoder.decode(data))
+            except msgspec.DecodeError as error:
+                self._nonsense = f"the process has sent what is no message ({error})"
+                break
+        if messages:
+            return messages
+        raise ChannelClosedError(self._nonsense)
 
     def fileno(self) -> int:
         return self._socket.fileno()

@@ -8,6 +8,7 @@ import getpass
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,9 @@ from stpm.edge.command import parser, run_command, say
 from stpm.edge.errors import ConfigError, StpmError
 
 LONGEST = 32 << 10
+CALLERS = 8  # whose request has not come yet; more of them wait in the socket's queue
+SILENT_S = 5.0  # a caller who has not asked anything by then is let go
+REFUSED_S = 1.0  # after the system had no descriptor for a caller
 Verb = Literal["status", "recipe", "reload", "rollback", "clear", "stop"]
 
 EXAMPLES = """\
@@ -42,7 +46,8 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Control:
-    """The line's side. Never waits: a caller that does not read its answer goes without."""
+    """The line's side. Never waits: a caller who does not read its answer goes without, and those who say nothing are
+    few and not kept for long."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
@@ -59,31 +64,32 @@ class Control:
                 "uses it"
             ) from error
         self._path.chmod(0o660)
-        self._listener.listen(8)
+        self._listener.listen(CALLERS)
         self._listener.setblocking(False)
-        self._callers: list[socket.socket] = []
+        self._callers: dict[socket.socket, float] = {}  # and since when
+        self._accept_again = 0.0
 
     def filenos(self) -> list[int]:
-        return [self._listener.fileno(), *(caller.fileno() for caller in self._callers)]
+        """Those to wait for. While nobody can be accepted the listener is none of them: it would wake us for ever."""
+        listener = [self._listener.fileno()] if self._accepts(time.monotonic()) else []
+        return [*listener, *(caller.fileno() for caller in self._callers)]
 
     def poll(self) -> list[tuple[Request, Callable[[Answer], None]]]:
         """The requests that have come, each with what answers it."""
-        try:
-            while True:
-                caller, _ = self._listener.accept()
-                caller.setblocking(False)
-                self._callers.append(caller)
-        except BlockingIOError:
-            pass  # nobody else calls
+        now = time.monotonic()
+        self._accept(now)
         requests: list[tuple[Request, Callable[[Answer], None]]] = []
-        for caller in list(self._callers):
+        for caller, since in list(self._callers.items()):
             try:
                 data = caller.recv(LONGEST)
             except BlockingIOError:
+                if now - since > SILENT_S:
+                    del self._callers[caller]
+                    _reply(caller, Answer(False, f"no request has come within {SILENT_S:g} s"))
                 continue
             except OSError:
                 data = b""
-            self._callers.remove(caller)
+            del self._callers[caller]
             try:
                 request = msgspec.json.decode(data, type=Request)
             except msgspec.DecodeError as error:
@@ -91,6 +97,21 @@ class Control:
                 continue
             requests.append((request, partial(_reply, caller)))
         return requests
+
+    def _accepts(self, now: float) -> bool:
+        return len(self._callers) < CALLERS and now >= self._accept_again
+
+    def _accept(self, now: float) -> None:
+        while self._accepts(now):
+            try:
+                caller, _ = self._listener.accept()
+            except BlockingIOError:
+                return  # nobody else calls
+            except OSError:
+                self._accept_again = now + REFUSED_S
+                return
+            caller.setblocking(False)
+            self._callers[caller] = now
 
     def close(self) -> None:
         for connection in (self._listener, *self._callers):

@@ -2,7 +2,8 @@
 
 A change (another recipe, a bundle that was replaced on disk, a rollback) is made between two parts: the engine that is
 to take over passes its self test first, while the old one still judges; when it fails, nothing changes. The engine it
-replaced stays loaded, so that a rollback needs no file.
+replaced stays loaded, so that a rollback needs no file. One that is not needed any more ends when it has answered for
+the part that it still has; nothing here waits for that.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from stpm.edge.engine.host import EngineHost
 from stpm.edge.engine.messages import EngineReady, EngineSettings, Inspect, Inspected, InspectionFailed
 from stpm.edge.errors import ConfigError
 from stpm.edge.ring import Ring
+from stpm.edge.worker import await_end
+
+END_S = 1.0
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Recipes:
         self._station, self._ring = station, ring
         self._hosts = {int(number): self._host(path) for number, path in station.recipes.items()}
         self._previous: dict[int, EngineHost] = {}
+        self._leaving: list[EngineHost] = []
         self._change: Change | None = None
         self.active = station.recipe if station.recipe is not None else min(self._hosts)
         if self.active not in self._hosts:
@@ -84,7 +89,7 @@ class Recipes:
         return [number for host in self._everyone() if (number := host.fileno()) is not None]
 
     def due_ns(self) -> int | None:
-        times = [host.supervisor.due_ns() for host in self._everyone()]
+        times = [host.due_ns() for host in self._everyone()]
         return min((time for time in times if time is not None), default=None)
 
     def restarts(self) -> int:
@@ -101,13 +106,16 @@ class Recipes:
                 lost.append((dead, str(host.error)))
             if self._change is not None and self._change.host is host:
                 self._settle(self._change)
-        # started again, it would find another bundle on disk than its own
-        self._previous = {number: host for number, host in self._previous.items() if not host.gone}
+        for number, host in list(self._previous.items()):
+            if host.gone:  # started again, it would find another bundle on disk than its own
+                del self._previous[number]
+                self._retire(host)
+        self._leaving = [host for host in self._leaving if not host.over]
         return answers, lost
 
     def end(self) -> None:
-        for host in self._everyone():
-            host.end()
+        """All of them at once."""
+        await_end([process for host in self._everyone() for process in host.close()], END_S)
 
     # --- changes
 
@@ -155,7 +163,7 @@ class Recipes:
             if host is not self._hosts[change.recipe]:
                 replaced = self._previous.pop(change.recipe, None)
                 if replaced is not None and replaced is not host:
-                    replaced.end()
+                    self._retire(replaced)
                 self._previous[change.recipe] = self._hosts[change.recipe]
                 self._hosts[change.recipe] = host
             else:
@@ -164,13 +172,18 @@ class Recipes:
         elif host.error is not None:
             self._change = None
             if host not in self._hosts.values():
-                host.end()
+                self._retire(host)
             change.done(False, f"{change.what} was refused: {host.error}")
 
     def _everyone(self) -> list[EngineHost]:
         coming = [self._change.host] if self._change else []
-        hosts = [*self._hosts.values(), *self._previous.values(), *coming]
+        hosts = [*self._hosts.values(), *self._previous.values(), *coming, *self._leaving]
         return list(dict.fromkeys(hosts))
+
+    def _retire(self, host: EngineHost) -> None:
+        host.retire()
+        if host not in self._leaving:
+            self._leaving.append(host)
 
     def _host(self, bundle: str) -> EngineHost:
         choice = self._station.engine

@@ -5,7 +5,7 @@ killed. A slot holds one frame and, after it, the anomaly map that the engine ma
 take memory. A slot is FREE or TAKEN. The camera turns FREE into TAKEN, the line turns TAKEN into FREE, nobody else
 does either, so no lock is needed; what lies in a slot is announced by a message, which orders the memory accesses.
 
-    header (one page)   state of each slot, uint8; progress of the camera, uint64
+    header (one page)   state of each slot, uint8; the camera's progress and a digest of its last picture, uint64
     slot 0              image: IMAGE_BYTES, map: MAP_BYTES
     slot 1              ...
 """
@@ -40,6 +40,7 @@ class Ring:
         self._memory = mmap.mmap(descriptor, size)
         self._states = np.frombuffer(self._memory, np.uint8, slots)
         self._progress = np.frombuffer(self._memory, np.uint64, 1, PAGE - 8)
+        self._digest = np.frombuffer(self._memory, np.uint64, 1, PAGE - 16)
 
     def claim(self) -> int | None:
         """A slot to fill (camera only), or None when all are in use."""
@@ -67,6 +68,15 @@ class Ring:
         """One step of progress (camera only)."""
         self._progress[0] += np.uint64(1)
 
+    @property
+    def last_picture(self) -> int:
+        """A digest of what the camera showed last, for the camera process that comes after this one; 0: of nothing."""
+        return int(self._digest[0])
+
+    @last_picture.setter
+    def last_picture(self, digest: int) -> None:
+        self._digest[0] = digest
+
     def image(self, slot: int, shape: tuple[int, ...]) -> Image:
         """The frame in a slot, uint8 of that shape: a view, good until the slot is freed."""
         return np.frombuffer(self._memory, np.uint8, *self._place(slot, 0, IMAGE_BYTES, 1, shape)).reshape(shape)
@@ -91,7 +101,7 @@ class Ring:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
-            del self._states, self._progress
+            del self._states, self._progress, self._digest
             try:
                 self._memory.close()
             except BufferError:

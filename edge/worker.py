@@ -3,6 +3,9 @@
 The child is `python -m MODULE`, started afresh (never forked, so that it inherits no engine, camera or lock). It gets
 the ring and its end of the channel as descriptors and its configuration as the first message. It dies with its parent,
 whatever becomes of that, and leaves Ctrl-C and SIGTERM to it.
+
+It is asked to end by closing the channel. Nothing here waits for that, but for `await_end`, which is for the end of a
+run.
 """
 
 import ctypes
@@ -12,58 +15,64 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 
-from stpm.edge.channel import Channel, ChannelClosedError, pair
+from stpm.edge.channel import Channel, pair
 from stpm.edge.ring import Ring
 
+REAP_S = 0.5  # for the end of a child that was killed; one that hangs in a driver is left to the system
+
 _PR_SET_PDEATHSIG = 1
+# `-m` alone puts the current folder first on the child's path, where a random.py of somebody's would be taken for
+# Python's. Python 3.10 has no option for just that: its -I leaves out PYTHONPATH and the user's own packages too.
+_SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 
 
 class Worker:
-    """Started with the constructor, which does not wait for the child to be ready: it says so itself."""
+    """Started with the constructor, which does not wait for the child to be ready: it says so itself. OSError when
+    the system has no process, memory or descriptor for it."""
 
     def __init__(self, module: str, configuration: msgspec.Struct, receives: Any, ring: Ring) -> None:
         ours, theirs = pair()
         with theirs:
             numbers = (theirs.fileno(), ring.descriptor, ring.slots, os.getpid())
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, numbers)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=numbers[:2],
-                start_new_session=True,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, *_SAFE_PATH, "-m", module, *map(str, numbers)],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=numbers[:2],
+                    start_new_session=True,
+                )
+            except OSError:
+                ours.close()
+                raise
         self.channel: Channel[Any] = Channel(ours, receives)
         self.channel.send(configuration)
 
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
     def end(self, grace_s: float) -> None:
-        """Close the channel, which asks the child to end; kill it when it has not after `grace_s` seconds."""
+        """Close the channel and wait, at the end of a run; kill it when it has not ended after `grace_s` seconds."""
         self.channel.close()
-        try:
-            self.process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        await_end([self.process], grace_s)
 
-    def kill(self) -> list[Any]:
-        """At once; what the child had still said. One that even SIGKILL does not end, because it hangs in a driver, is
-        left to the system."""
-        self.process.kill()
-        deadline = time.monotonic() + 0.5
-        while self.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        try:
-            return self.channel.receive()
-        except ChannelClosedError:
-            return []
-        finally:
-            self.channel.close()
+
+def await_end(processes: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:
+    """Wait for children whose channels are closed, for all of them together. Those that have not ended after `grace_s`
+    seconds are killed."""
+    left = _left(processes, grace_s)
+    for process in left:
+        process.kill()
+    _left(left, REAP_S)
+
+
+def _left(processes: Iterable[subprocess.Popen[bytes]], wait_s: float) -> list[subprocess.Popen[bytes]]:
+    """Those that are still there after so many seconds."""
+    deadline = time.monotonic() + wait_s
+    while (left := [each for each in processes if each.poll() is None]) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return left
 
 
 def serve(configuration: type[msgspec.Struct], receives: Any, main: Callable[[Any, Channel[Any], Ring], None]) -> None:

@@ -15,6 +15,7 @@ import torch
 from cuda_on_cpu.driver import Machine
 from cuda_on_cpu.library import Library, build
 from cuda_on_cpu.pretend import pretended
+from journal_line import Line, counts
 from tqdm import tqdm
 
 from stpm.build.cli import build_main
@@ -153,5 +154,23 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield point
+    for count in counts(point):  # of a journal that could not be written to its end
+        count.unlink()
     gc.collect()  # OpenVINO closes the file that it could not finish when the error is forgotten
     subprocess.run(["umount", str(point)], check=True)
+
+
+@pytest.fixture
+def lines():
+    """Makes lines with a journal, `journal_line.Line`, that are closed in the end."""
+    made = []
+
+    def make(*arguments, **settings):
+        made.append(Line(*arguments, **settings))
+        return made[-1]
+
+    yield make
+    for line in made:
+        line.close()
+        for count in counts(line.folder):  # whose end no journal has seen
+            count.unlink()

@@ -409,7 +409,7 @@ def process():
 
     yield starter
     for each in started:
-        each.worker.kill()
+        each.worker.end(0)
     ring.close()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from stpm.edge.journal.cli import main
 from stpm.edge.journal.database import Database, Note
-from stpm.edge.journal.handed import HandedCount
+from stpm.edge.journal.handed import HandedCount, count_file
 from stpm.edge.journal.messages import Event, Outcome, PartRecord, Run
 from stpm.edge.journal.pictures import Pictures, picture_path
 
@@ -150,6 +150,7 @@ def test_records_that_are_not_here_yet_are_named(folder, capsys):
         "run 2: 4 records are not here yet; when the line does not run, they are lost"
     )
     count.close()
+    count_file(folder, at(3600)).unlink()
 
 
 def test_runs_and_events(folder, capsys):

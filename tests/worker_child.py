@@ -1,11 +1,13 @@
-"""The child process of test_edge_worker.py: does what its configuration says."""
+"""The child process of test_edge_worker.py and test_edge_supervisor.py: does what its configuration says."""
 
 import os
 import signal
 import threading
+from contextlib import suppress
 
 import msgspec
 
+from stpm.edge.channel import ChannelClosedError
 from stpm.edge.worker import serve
 
 
@@ -29,6 +31,11 @@ def main(task, channel, ring):
         ring.image(slot, (4, 5, 3))[:] = 7
         ring.advance()
         channel.send(Word(f"slot {slot}"))
+    with suppress(ChannelClosedError):
+        talk(channel)
+
+
+def talk(channel):
     while True:
         for word in channel.receive(timeout=60):
             channel.send(Word(word.text.upper()))

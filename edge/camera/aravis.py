@@ -3,7 +3,8 @@
 What is odd about them: a GigE camera belongs to one program at a time, and that of a program that was killed stays
 taken until its heartbeat has been missing for a while. A camera remembers format, region and trigger of whoever had it
 before. It numbers its frames, so one that got lost is noticed; one of which packets got lost comes all the same, with
-that as its status.
+that as its status. Aravis stamps a frame with the wall clock when it begins to come, and somebody may set that clock
+before we read the stamp.
 """
 
 import ctypes
@@ -27,6 +28,8 @@ BUFFERS = 8  # frames that may wait while the process is held up
 TAKE_S = 5.0  # how long a camera that another program has is waited for
 SILENT_S = 2.0  # a free-running camera that gives nothing for so long is gone
 LONGEST_GAP = 5000  # frames
+LONGEST_AGE_NS = 1_000_000_000  # of a frame that is read; the stamp of what claims to be older is wrong
+CLOCK_STEP_NS = 1_000_000  # a wall clock that goes so far from the monotonic one between two looks has been set
 CLOSE_ENOUGH = 0.01  # cameras round exposure, gain and rate to their own steps
 
 # GigE Vision's register for the milliseconds after which a program without heartbeat loses the camera. Aravis beats
@@ -179,6 +182,8 @@ class AravisSource:
         self._name = name
         self._settings: dict[str, tuple[str, str]] = {}
         self._last_id: int | None = None
+        self._wall_ns = 0  # how far the wall clock is ahead of the monotonic one
+        self._set_ns = 0  # when it was seen to have been set
         self._silent_ns = round(max(SILENT_S, 3 / settings.fps if settings.fps else 0) * 1e9)
         # in turn, because one is looked at until the next but one is there
         self._images = deque([np.empty((0, 0, 3), np.uint8)] * 2)
@@ -214,7 +219,7 @@ class AravisSource:
             raise self._lost(f"does not take a trigger ({error}): check cable and power") from error
 
     def read(self, timeout_s: float) -> Captured | None:
-        began_ns = time.monotonic_ns()
+        began_ns = self._look_at_clocks()
         buffer = self._pop(timeout_s)
         if buffer is None:
             self._check()
@@ -358,7 +363,7 @@ class AravisSource:
             raise self._lost(f"has delivered no first frame within {self._silent_ns / 1e9:g} s: check cable and power")
         self._missed(first)
         self._push(first)
-        self._heard_ns = time.monotonic_ns()
+        self._heard_ns = self._look_at_clocks()
 
     # --- running
 
@@ -387,11 +392,18 @@ class AravisSource:
         last, self._last_id = self._last_id, self._call("arv_buffer_get_frame_id", buffer)
         return 0 if last is None else missed_between(last, self._last_id)
 
+    def _look_at_clocks(self) -> int:
+        """Now, by the monotonic clock; and whether somebody has set the other one."""
+        now_ns = time.monotonic_ns()
+        before_ns, self._wall_ns = self._wall_ns, time.time_ns() - now_ns
+        if abs(self._wall_ns - before_ns) >= CLOCK_STEP_NS:
+            self._set_ns = now_ns
+        return now_ns
+
     def _captured(self, buffer: int, began_ns: int) -> Captured:
-        self._heard_ns = time.monotonic_ns()
-        age_ns = time.time_ns() - self._call("arv_buffer_get_system_timestamp", buffer)
-        # a wall clock that has just been set says nothing
-        captured_ns = self._heard_ns - age_ns if 0 <= age_ns < 1_000_000_000 else self._heard_ns
+        self._heard_ns = self._look_at_clocks()
+        age_ns = self._heard_ns + self._wall_ns - self._call("arv_buffer_get_system_timestamp", buffer)
+        captured_ns = captured_at(age_ns, self._heard_ns, self._set_ns)
         missed = self._missed(buffer)
         status = self._call("arv_buffer_get_status", buffer)
         problem = self._take(buffer) if status == 0 else f"the frame came damaged: {STATUS.get(status, status)}"
@@ -432,6 +444,14 @@ def to_bgr(pixels: Image, code: int | None, into: Image) -> Image:
     else:
         cv2.cvtColor(pixels, code, dst=into)
     return into
+
+
+def captured_at(age_ns: int, heard_ns: int, set_ns: int) -> int:
+    """When a frame came that we have heard of just now and whose stamp says that it is so old, all on the monotonic
+    clock. A stamp from the future or from long ago is wrong, and any may be while the wall clock has been set a moment
+    ago, at `set_ns`: then it is taken to have come when we heard of it."""
+    believed = heard_ns - set_ns > LONGEST_AGE_NS and 0 <= age_ns < LONGEST_AGE_NS
+    return heard_ns - age_ns if believed else heard_ns
 
 
 def missed_between(last: int, now: int) -> int:

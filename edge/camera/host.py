@@ -17,9 +17,10 @@ from stpm.edge.camera.messages import (
 from stpm.edge.channel import ChannelClosedError
 from stpm.edge.ring import Ring
 from stpm.edge.supervisor import Supervisor
-from stpm.edge.worker import Worker
+from stpm.edge.worker import Worker, await_end
 
 MODULE = "stpm.edge.camera.process"
+END_S = 1.0
 
 
 def is_recorded(source: str) -> bool:
@@ -45,8 +46,15 @@ class CameraHost:
     def ready(self) -> bool:
         return self.opened is not None
 
+    @property
+    def differing(self) -> dict[str, tuple[str, str]]:
+        """The settings that the camera did not take when it was opened last, each as it was asked for and as it was
+        read back; nothing while it is not open."""
+        settings = self.opened.settings if self.opened else {}
+        return {name: (asked, found) for name, (asked, found) in settings.items() if asked != found}
+
     def fileno(self) -> int | None:
-        return self.supervisor.worker.channel.fileno() if self.supervisor.worker else None
+        return self.supervisor.fileno()
 
     def due_ns(self) -> int | None:
         """When the next start is due."""
@@ -57,32 +65,44 @@ class CameraHost:
         return worker is not None and self.ready and worker.channel.send(TakePicture(trigger, time.monotonic_ns()))
 
     def release(self, slot: int) -> None:
-        self._held.discard(slot)
+        """The line, or the journal, needs the slot of a frame no longer."""
+        assert slot in self._held, f"slot {slot} is nobody's, or was given back before"
+        self._held.remove(slot)
         self._ring.release(slot)
 
     def poll(self, now_ns: int) -> tuple[list[FrameReady], bool]:
-        """The frames that have come, and True when the process has gone or was killed because it hangs."""
+        """The frames that have come, and True when the process is gone after these."""
         if not self.ended and self.supervisor.tick(now_ns):
             self._moved_ns = now_ns
-        worker = self.supervisor.worker
-        if worker is None:
-            return [], False
-        try:
-            messages = worker.channel.receive()
-        except ChannelClosedError:
-            self._down("the camera process has died", now_ns)
-            return [], not self.ended
-        frames = self._take_in(messages, now_ns)
+        if self.supervisor.refused:
+            self.error = f"the system does not start a camera process ({self.supervisor.refused}): it is tried again"
+        frames: list[FrameReady] = []
+        if self.supervisor.worker is not None:
+            try:
+                frames = self._take_in(self.supervisor.worker.channel.receive(), now_ns)
+            except ChannelClosedError as closed:
+                self._down(str(closed) or "the camera process has died", now_ns)
+            else:
+                self._look_at_progress(now_ns)
+        last = self.supervisor.last_words(now_ns)
+        if last is None:
+            return frames, False
+        frames += self._take_in([message for message in last if not isinstance(message, CameraOpened)], now_ns)
+        for slot in self._ring.taken:  # what it had claimed and not announced
+            if slot not in self._held:
+                self._ring.release(slot)
+        return frames, not self.ended
+
+    def end(self) -> None:
+        await_end(self.supervisor.close(), END_S)
+
+    def _look_at_progress(self, now_ns: int) -> None:
+        """Kill one that hangs."""
         limit_ns = self._stall_ns if self.ready else self._open_ns
         if self._ring.progress != self._progress:
             self._progress, self._moved_ns = self._ring.progress, now_ns
         if now_ns - self._moved_ns > limit_ns and not self.ended:
-            frames += self._down(f"the camera has hung for {limit_ns / 1e9:g} s", now_ns)
-            return frames, True
-        return frames, False
-
-    def end(self) -> None:
-        self.supervisor.end(grace_s=1)
+            self._down(f"the camera has hung for {limit_ns / 1e9:g} s", now_ns)
 
     def _take_in(self, messages: list[FromCamera], now_ns: int) -> list[FrameReady]:
         frames = []
@@ -91,6 +111,7 @@ class CameraHost:
                 case FrameReady():
                     frames.append(message)
                     if message.slot is not None:
+                        assert message.slot not in self._held, f"slot {message.slot} was taken while it was in use"
                         self._held.add(message.slot)
                 case CameraOpened():
                     self.opened, self.error = message, ""
@@ -102,11 +123,7 @@ class CameraHost:
                     self.error = message.sentence
         return frames
 
-    def _down(self, sentence: str, now_ns: int) -> list[FrameReady]:
-        frames = self._take_in(self.supervisor.down(now_ns), now_ns)
+    def _down(self, sentence: str, now_ns: int) -> None:
         self.error = self.error or sentence
         self.opened = None
-        for slot in self._ring.taken:  # what it had claimed and not announced
-            if slot not in self._held:
-                self._ring.release(slot)
-        return frames
+        self.supervisor.down(now_ns)

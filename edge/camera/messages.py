@@ -22,7 +22,9 @@ class CameraSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exposure: float | None = None  # of OpenCV in the driver's unit, of GenICam in microseconds
     gain: float | None = None
     loop: bool = False  # a folder or video file starts again at its end
-    frozen_after: Count = 3  # so many identical frames in a row are a frozen camera; 0: never (not for recordings)
+    # a frame that is identical with the one before is not judged, and so many in a row are a frozen camera; 0: neither
+    # is looked at, for sources that may repeat a picture. Recordings always may
+    frozen_after: Count = 3
     stall_s: Positive = 2.0  # a camera process that does not get on for so long is killed and started again
     open_s: Positive = 10.0  # and one that has not opened its source
 
@@ -43,7 +45,7 @@ class FrameReady(msgspec.Struct, frozen=True, tag=True):
     name: str  # file name, or the number of the frame
     slot: int | None
     shape: tuple[int, int, int] = (0, 0, 0)  # height, width, 3 of the uint8 BGR image in the slot
-    problem: str = ""  # the frame must not be judged: damaged, frozen, a duplicate, too large, no free slot
+    problem: str = ""  # the frame must not be judged: damaged, the same again, too large, no free slot
     trigger: int | None = None  # the trigger that it answers
     missed: int = 0  # frames that the device numbered and never delivered, just before this one
 

@@ -5,6 +5,7 @@ In a process of its own, because a read that hangs in a driver cannot be interru
 """
 
 import time
+import zlib
 from collections import deque
 
 import numpy as np
@@ -31,7 +32,7 @@ ROOM_S = 0.002  # or for a slot
 ANSWER_S = 1.0  # a camera that does not answer a trigger for so long is broken
 LONGEST_QUEUE = 50  # frames that may lie in a driver or network before the one that a trigger waits for
 FROZEN_S = 2.0  # and one that shows the same picture for so long
-SAMPLE_ROWS = 16  # every so many are compared first
+SAMPLE_ROWS = 16  # every so many go into the digest
 
 
 def main(settings: CameraSettings, channel: Channel[ToCamera], ring: Ring) -> None:
@@ -54,7 +55,8 @@ class Capture:
     def __init__(self, settings: CameraSettings, source: Source, channel: Channel[ToCamera], ring: Ring) -> None:
         self._source, self._channel, self._ring = source, channel, ring
         self._on_demand = source.triggered or settings.trigger == "software"
-        self._frozen = Frozen(settings.frozen_after if source.live else 0)
+        # a recording may show what it likes
+        self._frozen = Frozen(settings.frozen_after if source.live else 0, ring.last_picture)
         self._wanted: deque[TakePicture] = deque()  # pictures, oldest first
         self._asked_ns: int | None = None  # when the device was triggered for the oldest one
         self._passed_over = 0  # frames that were older than the trigger that waits
@@ -86,6 +88,7 @@ class Capture:
                 raise CameraError(f"{self._source.description} has not answered a trigger for {ANSWER_S:g} s")
             return
         problem = captured.problem or self._frozen.look(captured.image, captured.captured_ns)
+        self._ring.last_picture = self._frozen.last_picture
         if not self._on_demand:
             self._announce(captured, problem, None)
         elif self._wanted and (self._source.triggered or captured.began_ns >= self._wanted[0].at_ns):
@@ -135,36 +138,43 @@ class Capture:
 
 
 class Frozen:
-    """Notices a picture that comes again and again: no sensor gives the same one twice, a hung driver does.
+    """Notices a picture that comes again: no sensor gives the same one twice, a hung driver does, and what it gives is
+    not the part that is in front of the camera.
 
-    Each is compared with the one before, some of its rows first. Only when these are alike is the whole looked at, so
-    that a healthy camera pays little.
+    Of each a digest is compared with that of the one before, and only when these are the same the whole, so that a
+    healthy camera pays little.
     """
 
-    def __init__(self, after: int) -> None:
+    def __init__(self, after: int, last_picture: int) -> None:
+        """`last_picture`: digest of the one that the process before this one had last, or 0."""
         self._after = after
+        self.last_picture = last_picture
         self._last: Image | None = None
         self._alike = 1
         self._since_ns = 0
 
     def look(self, image: Image | None, now_ns: int) -> str:
-        """The problem, from the `after`-th like frame on. CameraError when that goes on."""
+        """The problem with a picture that is the same as the one before. CameraError when that goes on."""
         if not self._after or image is None:
             return ""
+        before, self.last_picture = self.last_picture, _digest(image)
         last, self._last = self._last, image
-        if last is None or not _alike(last, image):
+        if before != self.last_picture or (last is not None and not np.array_equal(last, image)):
             self._alike, self._since_ns = 1, now_ns
             return ""
+        if last is None:
+            self._since_ns = now_ns
         self._alike += 1
         if self._alike < self._after:
-            return ""
+            return f"the same picture again: number {self._alike}, and the camera counts as frozen at {self._after}"
         if now_ns - self._since_ns > FROZEN_S * 1e9:
             raise CameraError(f"the camera has shown the same picture for {FROZEN_S:g} s: it is frozen")
         return f"the camera is frozen: picture number {self._alike} that is the same"
 
 
-def _alike(one: Image, other: Image) -> bool:
-    return np.array_equal(one[::SAMPLE_ROWS], other[::SAMPLE_ROWS]) and np.array_equal(one, other)
+def _digest(image: Image) -> int:
+    """Of some rows; never 0."""
+    return zlib.crc32(image[::SAMPLE_ROWS].tobytes()) | 1 << 32
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The line's side of the journal: numbers the records, counts them, lends slots, and keeps a journal process alive.
 
 Nothing here waits or fails, whatever becomes of the journal: a record that cannot be sent waits in a bounded queue,
-and one that falls out of it is lost and counted. The only file is the count of records handed over (handed.py).
+and one that falls out of it is lost and counted. The only file is the count of records handed over, which lies in
+shared memory (handed.py).
 """
 
 import time
@@ -79,17 +80,15 @@ class JournalWriter:
         self._keep_count()
 
     def _open_count(self) -> HandedCount | None:
-        folder = Path(self._settings.folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return HandedCount(folder, self._at)
+            return HandedCount(Path(self._settings.folder), self._at)
         except OSError as error:
             self._count_failed(error)
             return None
 
     def _count_failed(self, error: OSError) -> None:
         self._count_problem = (
-            f"cannot keep count of records in {self._settings.folder} ({error.strerror}): after a kill it will not be "
+            f"cannot keep count of records of {self._settings.folder} ({error.strerror}): after a kill it will not be "
             "known how many were lost"
         )
 
@@ -202,8 +201,9 @@ class JournalWriter:
 
     def _hear(self, message: FromJournal, freed: list[int]) -> None:
         if isinstance(message, Released):
-            self._lent.discard(message.slot)
-            freed.append(message.slot)
+            if message.slot in self._lent:  # else it is somebody else's by now
+                self._lent.remove(message.slot)
+                freed.append(message.slot)
         elif isinstance(message, JournalState):
             if message.through >= self._dropped_last:  # the journal has seen the gap
                 self._dropped = 0

@@ -220,7 +220,7 @@ def _settle_earlier(database: Database, folder: Path, run: int, run_at: str) -> 
             path.unlink()
     for at in database.still_running():
         path = count_file(folder, at)
-        if at != run_at and not path.exists():
+        if at != run_at and read_count(path) is None:
             lost += _settle(database, run, at, path)
     return lost
 
@@ -235,7 +235,7 @@ def _settle(database: Database, run: int, at: str, path: Path) -> int:
                 Note(
                     utc_now(),
                     f"how many records of the run of {at} were lost is not known, at least {lost}: "
-                    f"{path.name} is missing or damaged",
+                    f"{path.name} is missing, as after a power failure, or damaged",
                 ),
             )
         else:
