@@ -6,11 +6,11 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from played import Played
 
 from stpm.edge.camera import host as camera_host
 from stpm.edge.camera.host import CameraHost
 from stpm.edge.camera.messages import CameraOpened, CameraSettings, FrameReady, FromCamera
-from stpm.edge.channel import Channel, pair
 from stpm.edge.ring import Ring
 
 
@@ -130,26 +130,6 @@ def test_slots_that_the_line_holds_outlive_the_camera_process_and_those_that_wer
 # --- a camera process that is played by the test
 
 
-class Played:
-    """Says what the test says; SIGKILL ends it when the test says so."""
-
-    def __init__(self):
-        ours, theirs = pair()
-        self.channel, self.line = Channel(ours, FromCamera), Channel(theirs, FromCamera)
-        self.theirs = theirs
-        self.process = self
-        self.killed = False
-
-    def kill(self):
-        self.killed = True
-
-    def poll(self):
-        return -9 if self.line.fileno() < 0 else None
-
-    def wait(self, timeout):
-        return self.poll()
-
-
 @pytest.fixture
 def played(monkeypatch):
     """A host and the processes that it has started, newest last."""
@@ -158,7 +138,7 @@ def played(monkeypatch):
     def start(*_):
         if refusals:
             raise refusals.pop(0)
-        started.append(Played())
+        started.append(Played(FromCamera, FromCamera))
         return started[-1]
 
     monkeypatch.setattr(camera_host, "Worker", start)
@@ -166,7 +146,7 @@ def played(monkeypatch):
     host = CameraHost(CameraSettings(source="pattern:"), ring)
     yield host, started, refusals, ring
     for each in started:
-        each.line.close()
+        each.there.close()
     host.end()
     ring.close()
 
@@ -175,14 +155,14 @@ def test_settings_that_the_camera_did_not_take_are_those_of_its_present_opening(
     host, started, _, _ = played
     host.poll(0)
     assert host.differing == {}
-    started[0].line.send(CameraOpened("a camera", True, {"fps": ("30", "25"), "gain": ("2", "2")}))
+    started[0].there.send(CameraOpened("a camera", True, {"fps": ("30", "25"), "gain": ("2", "2")}))
     host.poll(1)
     assert host.differing == {"fps": ("30", "25")}
-    started[0].line.close()
+    started[0].there.close()
     host.poll(2)
     assert host.differing == {}
     host.poll(1_000_000_000)
-    started[1].line.send(CameraOpened("a camera", True, {"fps": ("30", "30"), "gain": ("2", "1")}))
+    started[1].there.send(CameraOpened("a camera", True, {"fps": ("30", "30"), "gain": ("2", "1")}))
     host.poll(1_000_000_001)
     assert host.differing == {"gain": ("2", "1")}
 
@@ -196,7 +176,7 @@ def test_a_system_that_starts_no_camera_process_is_a_sentence_and_is_tried_again
     host.poll(host.due_ns())
     assert "Cannot allocate memory" in host.error
     host.poll(host.due_ns())
-    started[0].line.send(CameraOpened("a camera", True))
+    started[0].there.send(CameraOpened("a camera", True))
     host.poll(1_000_000_000)
     assert host.ready
     assert host.error == ""
@@ -206,13 +186,13 @@ def test_a_camera_process_that_says_what_nobody_understands_is_replaced_after_wh
     host, started, _, ring = played
     host.poll(0)
     slot = ring.claim()
-    started[0].line.send(FrameReady(1, 0, "", slot, (4, 4, 3)))
-    started[0].theirs.send(b"rubbish")
+    started[0].there.send(FrameReady(1, 0, "", slot, (4, 4, 3)))
+    started[0].end.send(b"rubbish")
     frames, _ = host.poll(1)
     assert [frame.slot for frame in frames] == [slot]
     assert host.poll(2) == ([], False)
     assert started[0].killed
-    started[0].line.close()
+    started[0].there.close()
     assert host.poll(3) == ([], True)
     assert "the process has sent what is no message" in host.error
     assert ring.taken == [slot]
@@ -224,7 +204,7 @@ def test_a_camera_process_that_says_what_nobody_understands_is_replaced_after_wh
 def test_the_frames_that_a_hanging_process_had_announced_are_heard_before_it_is_gone(played):
     host, started, _, ring = played
     host.poll(0)
-    started[0].line.send(CameraOpened("a camera", True))
+    started[0].there.send(CameraOpened("a camera", True))
     host.poll(1)
     late = 3_000_000_000
     assert host.poll(late) == ([], False)
@@ -234,10 +214,10 @@ def test_the_frames_that_a_hanging_process_had_announced_are_heard_before_it_is_
     assert not host.take(1)
     slots = [ring.claim() for _ in range(3)]
     for number in (1, 2):
-        started[0].line.send(FrameReady(number, 0, "", slots[number], (4, 4, 3)))
-    started[0].line.send(CameraOpened("a camera", True))  # it had hung while it opened
+        started[0].there.send(FrameReady(number, 0, "", slots[number], (4, 4, 3)))
+    started[0].there.send(CameraOpened("a camera", True))  # it had hung while it opened
     assert host.poll(late + 100_000_000) == ([], False)  # SIGKILL has not ended it yet, and no other is started
-    started[0].line.close()
+    started[0].there.close()
     frames, gone = host.poll(late + 200_000_000)
     assert gone
     assert [frame.number for frame in frames] == [1, 2]
