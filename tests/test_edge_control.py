@@ -1,12 +1,16 @@
 """stpm-ctl and systemd: what a running line is asked, and what it tells."""
 
 import os
+import resource
+import select
 import socket
 import threading
+import time
 
 import pytest
 
-from stpm.edge.control import Answer, Control, Request, ask, main
+from stpm.edge import control as module
+from stpm.edge.control import CALLERS, Answer, Control, Request, ask, main
 from stpm.edge.errors import ConfigError
 from stpm.edge.notify import Notify
 
@@ -55,6 +59,74 @@ def test_a_caller_who_says_nothing_holds_nobody_up_and_a_caller_who_goes_is_forg
         assert answer.text == "RUNNING"
     control.poll()
     assert len(control.filenos()) == 1
+
+
+@pytest.fixture
+def callers(path):
+    """Calls the line so many times, and says nothing. Those that got into the queue of the socket."""
+    opened = []
+
+    def call(count):
+        for _ in range(count):
+            caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            caller.setblocking(False)
+            try:
+                caller.connect(path)
+                opened.append(caller)
+            except BlockingIOError:  # it is full
+                caller.close()
+        return opened
+
+    yield call
+    for each in opened:
+        each.close()
+
+
+def test_many_silent_callers_are_few_for_the_line_and_do_not_wake_it(control, callers, monkeypatch):
+    silent = callers(40)
+    assert len(silent) > CALLERS
+    for _ in range(20):
+        assert control.poll() == []
+    assert len(control.filenos()) == CALLERS  # the listener, which still has callers, is not one of them
+    assert select.select(control.filenos(), [], [], 0.05)[0] == []
+    assert not any(readable(caller) for caller in silent)
+    monkeypatch.setattr(module, "SILENT_S", 0.0)
+    control.poll()
+    told = [caller.recv(1000) for caller in silent if readable(caller)]
+    assert len(told) == CALLERS
+    assert all(b"no request has come within" in answer for answer in told)
+
+
+def test_who_is_silent_for_too_long_makes_room_for_who_is_not(control, callers, path, monkeypatch):
+    callers(CALLERS)
+    assert control.poll() == []
+    monkeypatch.setattr(module, "SILENT_S", 0.2)
+    before = time.monotonic()
+    answer, _ = answered(control, lambda: ask(path, Request("status")), lambda request: Answer(True, "RUNNING"))
+    assert answer.text == "RUNNING"
+    assert 0.1 < time.monotonic() - before < 5
+
+
+def test_a_system_without_a_descriptor_for_a_caller_neither_ends_the_line_nor_wakes_it_for_ever(
+    control, callers, path, monkeypatch
+):
+    callers(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the first one that is
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        assert control.poll() == []
+        assert control.filenos() == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr(control, "_accept_again", 0.0)  # a second later
+    assert control.poll() == []
+    assert len(control.filenos()) == 2
+
+
+def readable(caller):
+    return bool(select.select([caller], [], [], 0)[0])
 
 
 def test_nonsense_is_answered_and_not_passed_on(control, path):
