@@ -113,7 +113,8 @@ class Station:
 
     PROTOCOLS = ("ascii", "modbus-master", "modbus-slave", "pins")
 
-    def __init__(self, protocol, monkeypatch, safe=False, **settings):
+    def __init__(self, protocol, monkeypatch, safe=False, scan_s=0.005, **settings):
+        """`scan_s`: how often a PLC that polls does so."""
         self._stack = ExitStack()
         self.cable = self.plc = None
         if protocol == "pins":
@@ -129,8 +130,9 @@ class Station:
                 self.output = lambda: bool(self.plc.gate.levels) and self.plc.gate.levels[-1][1]
                 self.states = lambda: self.plc.gate.states
             else:
-                kind = SlavePlc if protocol == "modbus-master" else MasterPlc
-                self.plc = self._stack.enter_context(kind(PlcSettings(port=self.cable.theirs)))
+                theirs = PlcSettings(port=self.cable.theirs)
+                plc = SlavePlc(theirs) if protocol == "modbus-master" else MasterPlc(theirs, scan_s=scan_s)
+                self.plc = self._stack.enter_context(plc)
                 self.output = lambda: bool(self.plc.program.gate) and self.plc.program.gate[-1]
                 self.states = lambda: self.plc.program.states
         wanted = {"poll_ms": 5, "timeout_ms": 100} | settings

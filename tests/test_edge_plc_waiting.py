@@ -240,7 +240,8 @@ def test_states_and_beats_for_a_slow_line_do_not_pile_up(opened, plc):
     for count in range(40):
         link.post(Beat(count))
         link.post(State("DEGRADED" if count % 2 else "RUNNING"))
-    wait_until(lambda: plc.gate.states[-1:] == ["DEGRADED"], 2)
+    link.post(State("FAULT"))
+    wait_until(lambda: plc.gate.states[-1:] == ["FAULT"], 2)
     time.sleep(0.5)
     assert plc.gate.beats <= 3
 

@@ -104,7 +104,7 @@ class Gate:
         return (
             f"PLC: {len(self.passed)} parts let through, {len(self.rejected)} rejected; {self.beats} heartbeats, "
             f"{self.lost} lost and {self.damaged} damaged lines, {self.silences} silences; "
-            f"states {' '.join(self.states) or 'none'}, recipe {self.recipe or 'none'}"
+            f"states {' '.join(self.states) or 'none'}"
         )
 
 

@@ -32,8 +32,8 @@ class Link(Protocol):
         """Readable while there are events."""
 
     def close(self, last: State) -> bool:
-        """Gate output to its safe level, `last` as the last word, then release the port; within half a second and five
-        times `timeout_ms` (slow lines: and the time of their last words).
+        """Gate output to its safe level, `last` as the last word, then release the port; within half a second and
+        seven times `timeout_ms` (slow lines: and the time of their last words).
 
         True when the PLC has got it (ASCII and pins: when the device has taken all of it). What was still queued is
         Undelivered; `events` still tells that. A second call does nothing.

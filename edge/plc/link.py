@@ -36,8 +36,8 @@ LONGEST_WAIT_S = 1.0
 # more than that of line time may not wait in the device: there nothing expires, and nothing overtakes
 LONGEST_BACKLOG_S = 0.1
 LOOK_AGAIN_S = 0.001, 0.05  # least and longest, while it does
-ARRIVE_S = 0.4  # how long the last words may take to arrive, and
-LAST_WORDS = 200  # characters of theirs: on a slow line
+ARRIVE_S = 0.4  # how long the last words may take to arrive, or two timeouts,
+LAST_WORDS = 200  # and so many characters on a slow line
 # what `close` waits for besides: opening and a state, or one exchange of work; the gate; the last state; its arrival
 LAST_VERBS, MARGIN_S = 5, 0.1
 
@@ -83,7 +83,7 @@ class LinkThread:
         self._bug: BaseException | None = None
         try:
             self._tell(port.open())
-            self._arrive_s = ARRIVE_S + LAST_WORDS * character_s(settings)
+            self._arrive_s = max(ARRIVE_S, 2 * settings.timeout_ms / 1000) + LAST_WORDS * character_s(settings)
         except BaseException:
             self._close_descriptors()
             raise
