@@ -82,6 +82,56 @@ def test_a_read_only_disk_is_tried_again(small_disk, lines):
     assert len(list((small_disk / "journal" / "pictures").glob("*/*.png"))) == 1
 
 
+@pytest.fixture
+def stalling_disk(tmp_path):
+    """A file system, and what makes everybody who writes to it wait for so many seconds."""
+    image, point = tmp_path / "image", tmp_path / "disk"
+    point.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop", str(image), str(point)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a file system of our own needs root, mkfs.ext4 and a loop device")
+    thaws = []
+
+    def stall(seconds):
+        # by a process of its own, which goes on if this one should have to wait
+        words = f"fsfreeze -f {point} && echo frozen && sleep {seconds} && fsfreeze -u {point}"
+        thaws.append(subprocess.Popen(["sh", "-c", words], stdout=subprocess.PIPE))
+        assert thaws[-1].stdout.readline() == b"frozen\n"
+        return thaws[-1]
+
+    yield point, stall
+    for thaw in thaws:
+        with thaw:
+            assert thaw.wait(30) == 0
+    subprocess.run(["umount", str(point)], check=True)
+
+
+def test_a_disk_that_stalls_stalls_the_journal_process_alone(stalling_disk, lines):
+    point, stall = stalling_disk
+    line = lines(point / "journal", commit_s=0.02)
+    line.opened()
+    line.part()
+    line.written()
+    thaw, longest = stall(2), 0.0
+    while thaw.poll() is None:
+        before = time.perf_counter()
+        line.part("FAIL", frame=line.parts % 10 == 0)
+        line.poll()
+        longest = max(longest, time.perf_counter() - before)
+        time.sleep(0.002)
+    assert longest < 0.2
+    assert line.parts > 200
+    line.written()
+    line.close()
+    (run,) = runs(point / "journal")
+    assert (run.lost, run.end) == (0, "closed")
+    assert rows(point / "journal") == line.writer.status.handed
+
+
 def damage(path, start):
     with path.open("r+b") as file:
         file.seek(start)
