@@ -346,7 +346,7 @@ def test_a_bug_in_the_link_leaves_the_safe_level_and_a_fault(station, monkeypatc
         for _ in range(100):
             select.select([bench.link.fileno()], [], [], 1)
             bench.link.events()
-    wait_until(lambda: bench.states()[-1] == "FAULT")
+    wait_until(lambda: bench.states()[-1:] == ["FAULT"])
     assert bench.output() == safe
     assert not bench.link.close(State("STOPPED"))
     assert [event.id for event in bench.link.events() if isinstance(event, Undelivered)] == [1]
@@ -399,7 +399,7 @@ def test_a_plc_that_is_silent_for_a_moment_gets_the_last_words(station, safe, ti
     opened(bench, safe)
     bench.plc.unheard = unheard
     assert bench.link.close(State("STOPPED"))
-    wait_until(lambda: bench.states()[-1] == "STOPPED")
+    wait_until(lambda: bench.states()[-1:] == ["STOPPED"])
     assert bench.output() == safe
 
 
@@ -411,7 +411,7 @@ def test_a_plc_that_was_given_up_gets_the_last_words_when_it_is_there_again(stat
     heard.one(Disconnected)
     bench.plc.silent = False
     assert bench.link.close(State("STOPPED"))
-    wait_until(lambda: bench.states()[-1] == "STOPPED")
+    wait_until(lambda: bench.states()[-1:] == ["STOPPED"])
     assert bench.output() == safe
 
 
@@ -424,7 +424,7 @@ def test_an_edge_that_the_plc_has_not_read_yet_is_not_the_last_word(station, saf
     bench.link.post(Gate(9, not safe))
     time.sleep(0.02)
     assert bench.link.close(State("STOPPED"))
-    wait_until(lambda: bench.states()[-1] == "STOPPED")
+    wait_until(lambda: bench.states()[-1:] == ["STOPPED"])
     assert bench.output() == safe
 
 
