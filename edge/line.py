@@ -429,7 +429,6 @@ class Line:
                 (now_ns - part.captured_ns) / MS,
                 part.found.box if part.found else None,
                 part.found.area if part.found else 0,
-                part.recipe,
                 part.began_ns + self._expire_ns,
             )
         )

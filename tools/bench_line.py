@@ -157,7 +157,9 @@ def _unplug(bundle: Path) -> float:
 def _hang(bundle: Path) -> float:
     with tempfile.TemporaryDirectory() as folder, PtyPlc() as plc:
         camera = f"pattern:fps={FPS},hang@60,once={folder}/done"
-        station = _station(bundle, camera, plc.port, {"engine.backend": "fake", "engine.script": "pass"})
+        # "latest": where frames are counted, somebody would have to look first
+        fake: dict[str, object] = {"engine.backend": "fake", "engine.script": "pass", "camera.policy": "latest"}
+        station = _station(bundle, camera, plc.port, fake)
         with _running(station):
             _wait(lambda: len(plc.gate.passed) > 20)
             _wait(lambda: not plc.gate.ready or Path(folder, "done").exists())

@@ -32,7 +32,6 @@ class Part:
     latency_ms: float = 0.0
     box: tuple[int, int, int, int] | None = None
     area: int = 0
-    recipe: int = 0
     expires_ns: int | None = field(default=None, compare=False)  # monotonic: of no use to the PLC after that
 
 

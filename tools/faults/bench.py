@@ -112,6 +112,7 @@ class Line:
         self._judged = 0  # what it last said of itself
         self._next_look_s = 0.0
         self.attended = False  # an operator looks at what is latched, and clears it
+        self.seen: set[str] = set()  # conditions that the operator found
         self.killed = self.ended = False
         self.more_files = 0
         self.ready_s = 0.0
@@ -163,7 +164,9 @@ class Line:
             self._sample(now)
         if self.attended and now >= self._next_look_s:
             self._next_look_s = now + LOOK_S
-            if self.status()["conditions"]:
+            conditions = self.status()["conditions"]
+            if conditions:
+                self.seen |= set(conditions)
                 self.tell("clear")
         time.sleep(0.005)
 
@@ -195,16 +198,26 @@ class Line:
     # --- faults
 
     @contextmanager
-    def fault(self, what: str, limit_s: float | None = None, times: int = 1) -> Iterator[Fault]:
-        """The cause of the fault is there while the block runs, or until it sets `gone_s`; then a PASS must come."""
+    def fault(
+        self, what: str, limit_s: float | None = None, times: int = 1, latches: str | None = None
+    ) -> Iterator[Fault]:
+        """The cause of the fault is there while the block runs, or until it sets `gone_s`; then a PASS must come.
+
+        `latches`: the condition that must be there until an operator clears it; "" for one that may be.
+        """
         fault = Fault(what, time.monotonic(), limit_s=limit_s and limit_s * self.bench.slack)
         for _ in range(times):
             self.bench.evidence.faults.append(fault)
         yield fault
         over_s = time.monotonic()
         fault.gone_s = fault.gone_s or over_s
-        passes = self.peer.passes_since
+        passes, attended = self.peer.passes_since, self.attended
+        self.attended = attended or latches is not None
         self.until(lambda: passes(over_s) and self.peer.passing, what=f"a PASS after: {what}")
+        self.attended = attended
+        if latches and latches not in self.seen:
+            self.bench.expect(False, f"{what}: {latches!r} was not latched, but {sorted(self.seen)}")
+        self.seen.clear()
         fault.recovery_s = passes(over_s)[0] - fault.gone_s
         fault.survived = True
 

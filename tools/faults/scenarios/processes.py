@@ -10,12 +10,12 @@ from stpm.tools.faults.scenarios import scenario
 from stpm.tools.plc_sim import SILENCE_S
 
 
-def _killed(bench: Bench, role: str, trigger: str = "free") -> None:
+def _killed(bench: Bench, role: str, trigger: str = "free", latches: str | None = None) -> None:
     with bench.peer() as peer, bench.line(peer, camera__trigger=trigger) as line:
         peer.trigger_s = 0.15 if trigger == "software" else None
         line.works()
         for number in (1, 2):
-            with line.fault(f"SIGKILL of the {role}") as fault:
+            with line.fault(f"SIGKILL of the {role}", latches=latches) as fault:
                 line.signal(role, signal.SIGKILL)
                 fault.gone_s = time.monotonic()
                 line.until_restarted(role, number)
@@ -25,7 +25,7 @@ def _killed(bench: Bench, role: str, trigger: str = "free") -> None:
 @scenario("ascii+ack")
 def camera_killed(bench: Bench) -> None:
     """SIGKILL of the camera process"""
-    _killed(bench, "camera")
+    _killed(bench, "camera", latches="missed")
 
 
 @scenario("modbus slave")
@@ -132,7 +132,7 @@ def camera_stopped(bench: Bench) -> None:
             line.stay(0.5)
             line.signal("camera", signal.SIGCONT)
         bench.expect(line.restarts("camera") == 0, "the camera was given up after half a second")
-        with line.fault("SIGSTOP of the camera for good", 3.0) as fault:
+        with line.fault("SIGSTOP of the camera for good", 3.0, latches="missed") as fault:
             line.signal("camera", signal.SIGSTOP)
             fault.gone_s = time.monotonic()  # its successor is well
             line.until_restarted("camera", 1)
