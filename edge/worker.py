@@ -26,7 +26,7 @@ from stpm.edge.ring import Ring
 REAP_S = 0.5  # for the end of a child that was killed; one that hangs in a driver is left to the system
 
 _PR_SET_PDEATHSIG = 1
-# `-m` alone puts the current folder first on the child's path, where a random.py of somebody's would be taken for
+# `-m` alone puts the current folder first on the child's path, where a socket.py of somebody's would be taken for
 # Python's. Python 3.10 has no option for just that: its -I leaves out PYTHONPATH and the user's own packages too.
 _SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 

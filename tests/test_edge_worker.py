@@ -110,7 +110,7 @@ def test_the_end_of_many_is_awaited_once_for_all(child):
 
 
 def test_a_child_takes_no_module_from_the_folder_that_it_is_started_in(child, tmp_path, monkeypatch):
-    (tmp_path / "random.py").write_text("raise SystemExit('this is not the random of Python')\n")
+    (tmp_path / "socket.py").write_text("raise SystemExit('this is not the socket of Python')\n")
     monkeypatch.chdir(tmp_path)
     if sys.version_info < (3, 11):
         pytest.skip("Python 3.10 cannot leave the folder out")
