@@ -65,9 +65,7 @@ def _camera(station: Station, sizes: dict[str, tuple[int, int]]) -> str:
         frame = _first_frame(camera)
         assert camera.opened is not None
         wrong = [
-            f"{name}: asked for {asked}, the camera says {found}"
-            for name, (asked, found) in camera.opened.settings.items()
-            if asked != found
+            f"{name}: asked for {asked}, the camera says {found}" for name, (asked, found) in camera.differing.items()
         ]
         if wrong:
             raise CameraError(f"settings that the camera did not take ({'; '.join(wrong)}): correct [camera]")

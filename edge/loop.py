@@ -48,7 +48,7 @@ class Loop:
             report,
             self._camera.recorded,
         )
-        self._settings: dict[str, tuple[str, str]] = {}  # what was asked of the camera, and what it said at the start
+        self._accepted: dict[str, tuple[str, str]] = {}  # settings that the camera did not take at the start
         self._control: Control | None = None
         self._notify = Notify()
         self._stop_asked = False
@@ -99,11 +99,10 @@ class Loop:
         self._report("engine: " + ", ".join(known.description.values()))
         opened = self._camera.opened
         if opened is not None:
-            self._settings = opened.settings
             self._report(f"camera: {opened.description}")
-            for name, (asked, found) in opened.settings.items():
-                if asked != found:
-                    self._report(f"WARNING: camera.{name}: asked for {asked}, the camera says {found}")
+            self._accepted = self._camera.differing
+            for name, (asked, found) in self._accepted.items():
+                self._report(f"WARNING: camera.{name}: asked for {asked}, the camera says {found}")
         if known.description.get("backend") == "fake":
             self.line.health.simulated = True
         self._begin_journal()
@@ -212,14 +211,9 @@ class Loop:
 
     def _compare_settings(self) -> None:
         """A camera that was opened again may have come back with other settings than at the start."""
-        opened = self._camera.opened
-        if opened is None:
+        if not self._camera.ready:
             return
-        changed = [
-            f"camera.{name} is {found} now, and was {self._settings[name][1]}"
-            for name, (_, found) in opened.settings.items()
-            if name in self._settings and found != self._settings[name][1]
-        ]
+        changed = newly_differing(self._accepted, self._camera.differing)
         if not changed:
             self._settle("settings", "camera")
         elif self.line.health.warn("settings", "; ".join(changed), CameraError.exit_code):
@@ -315,3 +309,12 @@ class Loop:
         for event in self._link.events():
             if not isinstance(event, plc.RecipeAsked):
                 self.line.link_event(event, time.monotonic_ns())
+
+
+def newly_differing(accepted: dict[str, tuple[str, str]], now: dict[str, tuple[str, str]]) -> list[str]:
+    """Settings of the camera that differ from what was asked for, and did not, or not like this, at the start."""
+    return [
+        f"camera.{name}: asked for {asked}, the camera says {found} since it was opened again"
+        for name, (asked, found) in now.items()
+        if accepted.get(name) != (asked, found)
+    ]

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from stpm.edge.channel import Channel, pair
+from stpm.edge.channel import Channel, ChannelClosedError, pair
 from stpm.edge.ring import Ring
 
 REAP_S = 0.5  # for the end of a child that was killed; one that hangs in a driver is left to the system
@@ -52,10 +52,17 @@ class Worker:
         self.channel: Channel[Any] = Channel(ours, receives)
         self.channel.send(configuration)
 
-    def end(self, grace_s: float) -> None:
-        """Close the channel and wait, at the end of a run; kill it when it has not ended after `grace_s` seconds."""
-        self.channel.close()
+    def end(self, grace_s: float) -> list[Any]:
+        """Ask it to end and wait, at the end of a run; kill it when it has not ended after `grace_s` seconds. What it
+        had still to say."""
+        self.channel.finish()
         await_end([self.process], grace_s)
+        try:
+            return self.channel.receive()
+        except ChannelClosedError:
+            return []
+        finally:
+            self.channel.close()
 
 
 def await_end(processes: Iterable[subprocess.Popen[bytes]], grace_s: float) -> None:

@@ -11,6 +11,7 @@ from played import Played
 from stpm.edge.camera import host as camera_host
 from stpm.edge.camera.host import CameraHost
 from stpm.edge.camera.messages import CameraOpened, CameraSettings, FrameReady, FromCamera
+from stpm.edge.loop import newly_differing
 from stpm.edge.ring import Ring
 
 
@@ -228,3 +229,12 @@ def test_the_frames_that_a_hanging_process_had_announced_are_heard_before_it_is_
     assert len(started) == 2
     for frame in frames:
         host.release(frame.slot)
+
+
+def test_a_camera_that_comes_back_with_other_settings_is_told_and_what_was_accepted_at_the_start_is_not():
+    accepted = {"fps": ("60", "30")}
+    assert newly_differing(accepted, accepted) == []
+    assert newly_differing(accepted, {}) == []
+    (sentence,) = newly_differing(accepted, {**accepted, "exposure": ("200", "10000")})
+    assert sentence.startswith("camera.exposure: asked for 200, the camera says 10000")
+    assert len(newly_differing(accepted, {"fps": ("60", "15")})) == 1

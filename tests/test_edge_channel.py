@@ -78,6 +78,19 @@ def test_what_is_no_message_is_the_end_of_the_channel_after_what_came_before_it(
     channel.close()
 
 
+def test_who_has_finished_is_still_told_the_last_word(channels):
+    ours, theirs = channels
+    ours.send(Word("the last"))
+    ours.finish()
+    assert theirs.receive(1) == [Word("the last")]
+    with pytest.raises(ChannelClosedError):
+        theirs.receive(1)
+    assert theirs.send(Word("so be it"))
+    assert ours.receive(1) == [Word("so be it")]
+    theirs.close()
+    ours.finish()  # nobody is there any more
+
+
 def test_a_message_of_another_type_is_none():
     ours, theirs = pair()
     channel = Channel(ours, Word)

@@ -70,6 +70,23 @@ def test_a_disk_that_is_full_from_the_start(small_disk, lines):
     assert runs(small_disk / "journal")[0].records == 2
 
 
+def test_what_could_not_be_written_to_the_end_is_said_at_the_end_and_told_by_the_next_journal(small_disk, lines):
+    """The line says at its end what is missing, though nobody has been able to write it down."""
+    filler = fill(small_disk)
+    line = lines(small_disk / "journal")
+    for _ in range(5):
+        line.part("FAIL", frame=True)
+    line.until(lambda: line.writer.status.reason)
+    line.close()
+    status = line.writer.status
+    assert (status.handed, status.lost, status.lost_pictures) == (6, 5, 5)  # the first is the run's own
+    filler.unlink()
+    after = lines(small_disk / "journal")
+    after.opened()
+    assert after.writer.status.lost_before == 6
+    after.close()
+
+
 def test_a_read_only_disk_is_tried_again(small_disk, lines):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     line = lines(small_disk / "journal")

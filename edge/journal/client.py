@@ -280,9 +280,10 @@ class JournalWriter:
             except OSError as error:
                 self._count_failed(error)
         if self._worker is not None:
-            self._worker.end(max(0.0, deadline - time.monotonic()))
-            self._ended.append(self._worker.process)
-            self._worker = None
+            worker, self._worker = self._worker, None
+            for message in worker.end(max(0.0, deadline - time.monotonic())):  # what it could not write
+                self._hear(message, [])
+            self._ended.append(worker.process)
         while time.monotonic() < deadline + REAP_S and any(process.poll() is None for process in self._ended):
             time.sleep(0.002)
         if self._count is not None:

@@ -111,7 +111,9 @@ class Recorder:
         self._records.flush(time.monotonic(), self._pictures.lost)
         while self._pictures.busy(now := time.monotonic()) and now < deadline:
             self._pictures.work(now)
-        self._records.finish(time.monotonic(), self._pictures.lost + self._pictures.waiting)
+        self._pictures.lost += self._pictures.waiting
+        self._records.finish(time.monotonic(), self._pictures.lost)
+        self._say(time.monotonic())  # a line that is not gone still listens
 
 
 def main(settings: JournalSettings, channel: Channel[Any], ring: Ring) -> None:

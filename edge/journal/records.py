@@ -194,7 +194,8 @@ class Records:
                 self._prune_again = now if more else now + PRUNE_S
 
     def finish(self, now: float, lost_pictures: int) -> None:
-        """The line has closed the channel or is gone: how the run ended goes into the database, if it can."""
+        """The line has closed the channel or is gone: how the run ended goes into the database, if it can; what waits
+        is lost otherwise."""
         if self.run is None:
             return
         self._again = now
@@ -205,6 +206,8 @@ class Records:
         last = handed.records if handed else 0
         if self.flush(now, lost_pictures) and self._write(now, lost_pictures, last, end):
             path.unlink(missing_ok=True)
+        self.through = max(self.through, last, *(record.record for record in self._waiting))
+        self._waiting.clear()
         self._close()
         if self._lock >= 0:
             os.close(self._lock)
