@@ -18,7 +18,7 @@ from stpm.build.compile import Compiler
 from stpm.build.distil import FineTuning
 from stpm.build.golden import TOLERANCE, golden_frames
 from stpm.build.graphs import Graphs, spread
-from stpm.build.methods import METHODS
+from stpm.build.methods.base import settings_of
 from stpm.build.pipeline import Job, Material
 from stpm.build.pyramid import weights_hash
 from stpm.build.report import Facts, write_report
@@ -113,7 +113,8 @@ class Assembly:
         np.savez_compressed(self.folder / "golden.npz", frames=golden.frames, maps=golden.maps, scores=golden.scores)
         manifest = self._manifest(chosen, calibration, gate)
         write_report(
-            self.folder / "report.html", Facts(manifest, self.held_out, self.has_labels, fp32, chosen, layers)
+            self.folder / "report.html",
+            Facts(manifest, self.held_out, self.has_labels, fp32, chosen, layers, self.material.trained),
         )
         files = {file.name: file_hash(file) for file in sorted(self.folder.iterdir())}
         manifest = msgspec.structs.replace(manifest, files=files)
@@ -227,12 +228,12 @@ class Assembly:
     def _manifest(self, chosen: Measured, calibration: Calibration | None, gate: Gate | None) -> Manifest:
         job, material = self.job, self.material
         training, held_out = split(len(material.normals.paths), job.recipe)
-        trained = material.best_epoch is not None
+        trained = material.trained
         return Manifest(
             schema=SCHEMA,
             category=job.category,
-            method=job.method,
-            taps=list(METHODS[job.method].taps),
+            method=job.method.name,
+            method_settings=settings_of(job.method),
             precision=self.wish.precision,
             preprocess=job.preprocess,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -247,8 +248,8 @@ class Assembly:
                 material.normals.photo_size,
                 [path.name for path in material.normals.unreadable],
                 [digest[:16] for digest in material.photos_sha256],
-                _settings(job.recipe, trained),
-                material.best_epoch,
+                _settings(job.recipe, trained is not None),
+                trained.best_epoch if trained else None,
             ),
             calibration=calibration,
             threshold=chosen.threshold,

@@ -8,9 +8,11 @@ import torch
 
 from stpm.build.assemble import Wish, build_bundle, check_out
 from stpm.build.compile import BACKENDS, Compiler, OpenVinoCompiler, TensorRtCompiler
+from stpm.build.curve import learning_curve
 from stpm.build.gpu.cli import add_plan_options, plan_options
 from stpm.build.methods import METHODS
 from stpm.build.pipeline import Job, prepare
+from stpm.build.pyramid import BACKBONES, LAYERS, TAPS
 from stpm.build.steps import Steps, default_work
 from stpm.build.train import Recipe
 from stpm.build.weights import write_weights
@@ -22,7 +24,7 @@ from stpm.edge.command import parser, run_command
 from stpm.edge.errors import InputError
 from stpm.edge.manifest import Limits, Manifest, Setting
 from stpm.edge.preprocess import Preprocess
-from stpm.edge.storage import storage_errors
+from stpm.edge.storage import storage_errors, write_file
 
 AGAIN = "run the same command again, it goes on where it stopped"
 
@@ -133,7 +135,10 @@ def train_main(arguments: list[str] | None = None) -> int:
         with storage_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         write_weights(out, material.student.state_dict())
-        print(f"student of epoch {material.best_epoch}: {out}")
+        trained = material.trained
+        assert trained is not None
+        write_file(out.with_suffix(".png"), learning_curve(trained.history, trained.best_epoch))
+        print(f"student of epoch {trained.best_epoch}: {out}, its learning curve: {out.with_suffix('.png')}")
 
     return run_command("stpm-train", command, AGAIN)
 
@@ -157,12 +162,34 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         "--teacher",
         default="imagenet",
         metavar="imagenet|builtin|PATH",
-        help="ResNet-18 weights: torchvision's download, the one in this package, or a file (default: imagenet)",
+        help="weights of the backbone: torchvision's download, the ResNet-18 in this package, or a file (default: "
+        "imagenet)",
     )
     add("--method", choices=tuple(METHODS), default="stpm")
+    add("--backbone", choices=BACKBONES, default="resnet18", help="of teacher and student (default: resnet18)")
+    add(
+        "--taps",
+        type=_taps,
+        default=TAPS,
+        metavar="LAYER,...",
+        help=f"which layers are compared, out of {', '.join(LAYERS)} (default: {','.join(TAPS)})",
+    )
     add("--epochs", type=count, default=recipe.epochs, help=f"default: {recipe.epochs}")
     add("--batch", type=count, default=recipe.batch, help=f"default: {recipe.batch}")
     add("--learning-rate", type=positive, default=recipe.learning_rate, help=f"default: {recipe.learning_rate}")
+    add(
+        "--patience",
+        type=count,
+        default=recipe.patience,
+        metavar="N",
+        help="stop when N epochs have not made it better on the held-out (default: train to the end)",
+    )
+    add(
+        "--turned",
+        action="store_true",
+        help="train on the images turned and mirrored: for parts that lie at any angle",
+    )
+    add("--bfloat16", action="store_true", help="train in bfloat16: faster where the CPU has it")
     add("--seed", type=_seed, default=recipe.seed, help=f"default: {recipe.seed}")
     add("--roi", type=_region, metavar="X,Y,W,H", help="look only at this part of the frame, in pixels")
     add(
@@ -178,12 +205,20 @@ def _add_training(options: argparse.ArgumentParser) -> None:
 def _job(chosen: argparse.Namespace) -> Job:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    recipe = Recipe(epochs=chosen.epochs, batch=chosen.batch, learning_rate=chosen.learning_rate, seed=chosen.seed)
+    recipe = Recipe(
+        epochs=chosen.epochs,
+        batch=chosen.batch,
+        learning_rate=chosen.learning_rate,
+        seed=chosen.seed,
+        patience=chosen.patience,
+        bfloat16=chosen.bfloat16,
+        turned=chosen.turned,
+    )
     return Job(
         chosen.data,
         chosen.category,
         chosen.teacher,
-        chosen.method,
+        METHODS[chosen.method](chosen.backbone, chosen.taps),
         recipe,
         Preprocess(roi=chosen.roi),
         Steps(chosen.work),
@@ -196,6 +231,13 @@ def _region(text: str) -> tuple[int, int, int, int]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"wanted four whole numbers X,Y,W,H, found {text}") from error
     return x, y, width, height
+
+
+def _taps(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in LAYERS if name in text.split(","))
+    if not names or len(names) != len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(LAYERS)} with commas between, found {text}")
+    return names
 
 
 def _seed(text: str) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from stpm.build.distil import FineTuning, distil
 from stpm.build.export import check_parity, export_graph
-from stpm.build.methods import METHODS
+from stpm.build.methods.base import Method, described
 from stpm.build.pyramid import Pyramid, weights_hash
 from stpm.build.steps import STEP_VERSION, Inputs, Steps
 from stpm.build.train import split
@@ -31,7 +31,7 @@ from stpm.edge.score import Array
 class Graphs:
     """`pixels` are all normals, uint8 N×H×W×3, in the order that `split` refers to."""
 
-    method: str
+    method: Method
     teacher: Pyramid
     student: Pyramid
     preprocess: Preprocess
@@ -44,8 +44,8 @@ class Graphs:
     def fp32(self) -> onnx.ModelProto:
         def produce(folder: Path) -> None:
             print("graph: exporting both networks", flush=True)
-            method, spec = METHODS[self.method], self.preprocess
-            model = method.graph(self.teacher, self.student, spec.height, spec.width)
+            spec = self.preprocess
+            model = self.method.graph(self.teacher, self.student, spec.height, spec.width)
             graph = export_graph(model, spec)
             check_parity(model, graph, spec.normalise(self.pixels[0]))
             onnx.save(graph, folder / "graph.onnx")
@@ -111,10 +111,9 @@ class Graphs:
 
         def produce(folder: Path) -> None:
             print("distilling: the student learns to round like the quantised teacher", flush=True)
-            method = METHODS[self.method]
             quantised = quantise(self.fp32, self.ranges(setting.observer), in_float=setting.fp16_layers)
             graph, best_epoch = distil(
-                method, self.fp32, quantised, self.pixels, self.preprocess, self.fine_tuning, folder
+                self.method, self.fp32, quantised, self.pixels, self.preprocess, self.fine_tuning, folder
             )
             onnx.save(graph, folder / "graph.onnx")
             (folder / "training.json").write_bytes(msgspec.json.encode(best_epoch))
@@ -136,7 +135,7 @@ class Graphs:
     def _inputs(self, more: Inputs) -> Inputs:
         return {
             "version": STEP_VERSION,
-            "method": self.method,
+            **described(self.method),
             "preprocess": msgspec.json.encode(self.preprocess).decode(),
             "teacher": weights_hash(self.teacher.state_dict()),
             "student": weights_hash(self.student.state_dict()),

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import msgspec
 
-from stpm.build.methods import METHODS
+from stpm.build.curve import History
+from stpm.build.methods.base import Method, described
 from stpm.build.pyramid import Pyramid, weights_hash
 from stpm.build.steps import STEP_VERSION, Inputs, Steps
 from stpm.build.train import Recipe, train
@@ -20,7 +21,7 @@ class StudentFile(msgspec.Struct, frozen=True):
     """Facts about a training run that are kept beside its student."""
 
     best_epoch: int
-    history: list[tuple[float, float]]
+    history: History
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Job:
     data: Path
     category: str
     teacher: str
-    method: str
+    method: Method
     recipe: Recipe
     preprocess: Preprocess
     steps: Steps
@@ -45,13 +46,13 @@ class Material:
     photos_sha256: list[str]
     teacher: Pyramid
     student: Pyramid
-    best_epoch: int | None
+    trained: StudentFile | None  # None when the student was given
 
 
 def prepare(job: Job, student_file: Path | None = None) -> Material:
     """Read the images and the teacher, then train a student, or read it from `student_file`."""
-    method = METHODS[job.method]
-    teacher = load_teacher(job.teacher, method.taps)
+    method = job.method
+    teacher = load_teacher(job.teacher, method.taps, method.backbone)
     dataset = find_dataset(job.data, job.category)
     normals = load_normals(dataset, job.preprocess)
     photos_sha256 = [file_hash(path) for path in normals.paths]
@@ -61,7 +62,7 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
         flush=True,
     )
     student = method.new_student(job.recipe.seed)
-    best_epoch = None
+    trained = None
     if student_file is not None:
         load_into(student, read_weights(student_file), str(student_file))
         warn(
@@ -71,14 +72,14 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
     else:
         folder = _train_step(job, teacher, normals, photos_sha256)
         load_into(student, read_weights(folder / "student.npz"), "the finished training")
-        best_epoch = msgspec.json.decode((folder / "training.json").read_bytes(), type=StudentFile).best_epoch
-    return Material(dataset, normals, photos_sha256, teacher, student.eval().requires_grad_(False), best_epoch)
+        trained = msgspec.json.decode((folder / "training.json").read_bytes(), type=StudentFile)
+    return Material(dataset, normals, photos_sha256, teacher, student.eval().requires_grad_(False), trained)
 
 
 def _train_step(job: Job, teacher: Pyramid, normals: Images, photos_sha256: list[str]) -> Path:
     def produce(folder: Path) -> None:
-        student = METHODS[job.method].new_student(job.recipe.seed)
-        trained = train(METHODS[job.method], teacher, student, normals.pixels, job.preprocess, job.recipe, folder)
+        student = job.method.new_student(job.recipe.seed)
+        trained = train(job.method, teacher, student, normals.pixels, job.preprocess, job.recipe, folder)
         write_weights(folder / "student.npz", student.state_dict())
         facts = StudentFile(trained.best_epoch, [(epoch.loss, epoch.validation) for epoch in trained.history])
         (folder / "training.json").write_bytes(msgspec.json.encode(facts))
@@ -86,7 +87,7 @@ def _train_step(job: Job, teacher: Pyramid, normals: Images, photos_sha256: list
 
     inputs: Inputs = {
         "version": STEP_VERSION,
-        "method": job.method,
+        **described(job.method),
         "teacher": weights_hash(teacher.state_dict()),
         "images": images_hash(photos_sha256, job.preprocess),
         **msgspec.structs.asdict(job.recipe),

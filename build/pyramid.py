@@ -1,4 +1,4 @@
-"""A feature pyramid: ResNet-18 up to its last tap. Teacher and student are two of these."""
+"""A feature pyramid: a residual network up to its last tap. Teacher and student are two of these."""
 
 import hashlib
 
@@ -9,20 +9,22 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from stpm.build.torchvision_cpu import models
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
+TAPS = ("layer1", "layer2", "layer3")
 
 
 class Pyramid(nn.Module):
     """float32 N×3×H×W → one N×C×h×w per tap, at stride 4 (layer1), 8, 16 and 32; parameter names are torchvision's."""
 
-    def __init__(self, taps: tuple[str, ...] = ("layer1", "layer2", "layer3")) -> None:
+    def __init__(self, taps: tuple[str, ...] = TAPS, backbone: str = "resnet18") -> None:
         super().__init__()
-        backbone = models.resnet18(weights=None)
-        self.taps = taps
-        self.conv1, self.bn1 = backbone.conv1, backbone.bn1
-        self.relu, self.maxpool = backbone.relu, backbone.maxpool
+        network = models.get_model(backbone, weights=None)
+        self.taps, self.backbone = taps, backbone
+        self.conv1, self.bn1 = network.conv1, network.bn1
+        self.relu, self.maxpool = network.relu, network.maxpool
         self.layers = LAYERS[: 1 + max(LAYERS.index(tap) for tap in taps)]
         for name in self.layers:
-            self.add_module(name, getattr(backbone, name))
+            self.add_module(name, getattr(network, name))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -43,7 +45,7 @@ def fold_batch_norm(pyramid: Pyramid) -> None:
     """Put every batch norm into the convolution before it, in place; the pyramid must be in eval mode."""
     for module in pyramid.modules():
         names = [name for name, _ in module.named_children()]
-        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
             if conv in names and norm in names and isinstance(getattr(module, norm), nn.BatchNorm2d):
                 setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
                 setattr(module, norm, nn.Identity())

@@ -14,6 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from stpm.build.curve import draw_curve
+from stpm.build.pipeline import StudentFile
 from stpm.build.pyramid import LAYERS
 from stpm.calibration.dataset import Images
 from stpm.calibration.evaluation import shown
@@ -47,6 +49,7 @@ class Facts:
     fp32: Measured
     chosen: Measured
     sensitivity: dict[str, float]
+    trained: StudentFile | None
 
     @property
     def engines(self) -> dict[str, Measured]:
@@ -73,6 +76,7 @@ def write_report(path: Path, facts: Facts) -> None:
         histograms=_figure(9, 2.2 * len(facts.engines), len(facts.engines), 1, lambda axes: _histograms(axes, facts)),
         curves=_figure(9, 3, 1, 3, lambda axes: _curves(axes, facts)),
         layers=_figure(9, 4.2, 1, 2, lambda axes: _layers(axes, facts.sensitivity)) if facts.sensitivity else None,
+        training=_training(facts.trained) if facts.trained else None,
         examples=_examples(facts),
         settings=_settings(manifest),
         versions=sorted(manifest.versions.items()),
@@ -171,6 +175,10 @@ def _layers(axes: list[Axes], sensitivity: dict[str, float]) -> None:
         axis.set(title=network, xlim=(0, limit), xlabel="change of the anomaly map")
         axis.invert_yaxis()
         axis.tick_params(axis="y", labelsize=7)
+
+
+def _training(trained: StudentFile) -> str:
+    return _figure(9, 3, 1, 1, lambda axes: draw_curve(axes[0], trained.history, trained.best_epoch))
 
 
 def _short(layer: str) -> str:

@@ -1,12 +1,14 @@
 """Distil a student from a teacher on normal images: the same loop for every method.
 
-The teacher's features do not change and nothing is augmented, so they are computed once and kept in memory as
-float16 when they fit the budget. Every epoch leaves a checkpoint from which the same run goes on.
+The teacher's features do not change, so they are computed once, for each of the few ways in which an image may be
+turned, and kept in memory as float16 when they fit the budget. Every epoch leaves a checkpoint from which the same
+run goes on.
 """
 
 import io
 import math
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: float = 1e-4
     held_out: float = 0.2  # share of the normals kept for validation and for the threshold
     seed: int = 0
+    patience: int = 0  # stop after so many epochs without a better validation score; 0: never
+    bfloat16: bool = False  # convolutions of the student in bfloat16, weights and loss in float32
+    turned: bool = False  # each image, each time, in one of the ways of `turn`: for parts that lie at any angle
 
     @property
     def remedy(self) -> str:
@@ -63,24 +68,46 @@ def split(count: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-class TrainingSet:
-    """Preprocessed batches and the method's targets for a set of uint8 images, the targets cached if they fit."""
+def turn(image: Image, way: int) -> Image:
+    """Way 0 is as it was, 1 upside down; 2 and 3 are these mirrored; 4 to 7 are all of them turned by a quarter, for
+    square images only."""
+    image = image[::-1, ::-1] if way & 1 else image
+    image = image[:, ::-1] if way & 2 else image
+    return np.ascontiguousarray(image.swapaxes(0, 1) if way & 4 else image)
 
-    def __init__(self, pixels: Image, preprocess: Preprocess, method: Method, teacher: nn.Module, title: str) -> None:
+
+class TrainingSet:
+    """Preprocessed batches and the method's targets for a set of uint8 images, the targets cached if they fit.
+
+    Each image is there in every way of `turn`, if it is to be turned: image i of N in way w has the index w·N + i.
+    """
+
+    def __init__(
+        self,
+        pixels: Image,
+        preprocess: Preprocess,
+        method: Method,
+        teacher: nn.Module,
+        title: str,
+        turned: bool = False,
+    ) -> None:
         self.pixels, self.preprocess, self.method, self.teacher = pixels, preprocess, method, teacher
+        self.ways = (8 if preprocess.height == preprocess.width else 4) if turned else 1
         self.cache: Features | None = None
-        one = self._compute(np.arange(1))
-        if len(pixels) * sum(2 * feature.numel() for feature in one) <= CACHE_BYTES:
-            self.cache = [torch.empty(len(pixels), *feature.shape[1:], dtype=torch.float16) for feature in one]
-            for index in tqdm(range(len(pixels)), desc=title, unit="image", disable=None, leave=False):
+        one, count = self._compute(np.arange(1)), self.ways * len(pixels)
+        if count * sum(2 * feature.numel() for feature in one) <= CACHE_BYTES:
+            self.cache = [torch.empty(count, *feature.shape[1:], dtype=torch.float16) for feature in one]
+            for index in tqdm(range(count), desc=title, unit="image", disable=None, leave=False):
                 for cached, feature in zip(self.cache, self._compute(np.array([index])), strict=True):
                     cached[index] = feature[0]
 
     def __len__(self) -> int:
+        """Images, in whatever way."""
         return len(self.pixels)
 
     def input(self, indices: np.ndarray) -> torch.Tensor:
-        batch = np.concatenate([self.preprocess.normalise(self.pixels[index]) for index in indices])
+        turned = [turn(self.pixels[index % len(self)], index // len(self)) for index in indices]
+        batch = np.concatenate([self.preprocess.normalise(image) for image in turned])
         return torch.from_numpy(batch).to(memory_format=torch.channels_last)
 
     def targets(self, indices: np.ndarray) -> Features:
@@ -110,7 +137,7 @@ def train(
     """
     teacher = channels_last(teacher)
     training, held_out = split(len(pixels), recipe)
-    train_set = TrainingSet(pixels[training], preprocess, method, teacher, "teacher, training images")
+    train_set = TrainingSet(pixels[training], preprocess, method, teacher, "teacher, training images", recipe.turned)
     validation_set = TrainingSet(pixels[held_out], preprocess, method, teacher, "teacher, held-out images")
     student = channels_last(student)
     optimiser = recipe.optimiser(student)
@@ -124,23 +151,27 @@ def train(
         best, history = saved["best"], [Epoch(*epoch) for epoch in saved["history"]]
         tqdm.write(f"training goes on after epoch {len(history)}")
 
+    started, first = time.monotonic(), len(history)
     progress = tqdm(
-        range(len(history), recipe.epochs),
-        initial=len(history),
+        range(first, recipe.epochs),
+        initial=first,
         total=recipe.epochs,
         desc="training",
         unit="epoch",
         disable=None,
     )
-    started, first = time.monotonic(), len(history)
     for number in progress:
+        if recipe.patience and number - best["epoch"] >= recipe.patience:
+            tqdm.write(f"stopped after epoch {number}: none of the last {recipe.patience} was better on the held-out")
+            break
         loss = _train_epoch(method, student, optimiser, train_set, recipe, number)
         validation = _validate(method, student, validation_set, recipe, preprocess.height)
         history.append(Epoch(loss, validation))
         if validation < best["validation"]:
             state = {name: value.clone() for name, value in student.state_dict().items()}
             best = {"validation": validation, "epoch": number + 1, "student": state}
-        if progress.disable and (number + 1) % max(1, recipe.epochs // 10) == 0:  # a log file gets ten lines, no bar
+        # a log file gets the first epoch and ten more lines, no bar
+        if progress.disable and (number == first or (number + 1) % max(1, recipe.epochs // 10) == 0):
             left = _time_left(started, number + 1 - first, recipe.epochs - number - 1)
             print(
                 f"epoch {number + 1}/{recipe.epochs}: loss {loss:.4f}, held-out {validation:.3e}, {left}", flush=True
@@ -160,8 +191,9 @@ def train(
 
 
 def _time_left(started: float, done: int, left: int) -> str:
-    minutes = (time.monotonic() - started) / done * left / 60
-    return f"about {minutes:.0f} min left" if left else "done"
+    seconds = (time.monotonic() - started) / done * left
+    end = datetime.now() + timedelta(seconds=seconds)
+    return f"about {seconds / 60:.0f} min left, until {end:%H:%M}" if left else "done"
 
 
 def _train_epoch(
@@ -174,11 +206,16 @@ def _train_epoch(
 ) -> float:
     student.train()
     # the order depends on seed and epoch alone, so a continued run takes the same steps
-    order = np.random.default_rng((recipe.seed, number)).permutation(len(images))
+    random = np.random.default_rng((recipe.seed, number))
+    order = random.permutation(len(images))
+    if images.ways > 1:
+        order += len(images) * random.integers(images.ways, size=len(order))
     total = 0.0
     for start in range(0, len(order), recipe.batch):
         indices = order[start : start + recipe.batch]
-        loss = method.loss(images.targets(indices), student(images.input(indices)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+            features = student(images.input(indices))
+        loss = method.loss(images.targets(indices), [feature.float() for feature in features])
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} in epoch {number + 1} at learning rate {recipe.learning_rate}: "

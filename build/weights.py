@@ -22,14 +22,14 @@ BUILTIN_TEACHER = Path(__file__).with_name("builtin_teacher.npz")
 State = dict[str, torch.Tensor]
 
 
-def load_teacher(source: str, taps: tuple[str, ...]) -> Pyramid:
+def load_teacher(source: str, taps: tuple[str, ...], backbone: str = "resnet18") -> Pyramid:
     """`imagenet` (torchvision's download), `builtin`, or the path of a weights file; frozen and in eval mode."""
+    teacher = Pyramid(taps, backbone)
     if source == "imagenet":
-        state = _download_imagenet()
+        state = _download_imagenet(backbone)
     else:
         path = BUILTIN_TEACHER if source == "builtin" else Path(source)
         state = read_weights(path)
-    teacher = Pyramid(taps)
     load_into(teacher, state, source)
     return teacher.eval().requires_grad_(False)
 
@@ -42,8 +42,9 @@ def load_into(pyramid: Pyramid, state: State, source: str) -> None:
         if found is None or found.shape != value.shape:
             what = "it is missing" if found is None else f"found {tuple(found.shape)}"
             raise InputError(
-                f"wanted ResNet-18 weights with a tensor {name} of shape {tuple(value.shape)}, but {what} in "
-                f"{source}: give a ResNet-18 file with torchvision's names, or `builtin`"
+                f"wanted {pyramid.backbone} weights with a tensor {name} of shape {tuple(value.shape)}, but {what} in "
+                f"{source}: give a {pyramid.backbone} file with torchvision's names that has "
+                f"{', '.join(pyramid.taps)}, or other --taps"
             )
         if not torch.isfinite(found).all():
             raise InputError(f"the tensor {name} in {source} has values that are not finite: the file is damaged")
@@ -91,11 +92,11 @@ def write_weights(path: Path, state: State, dtype: type = np.float32) -> None:
     write_file(path, buffer.getvalue())
 
 
-def _download_imagenet() -> State:
+def _download_imagenet(backbone: str) -> State:
     try:
-        return models.resnet18(weights=models.ResNet18_Weights.IMAGENET1K_V1).state_dict()
+        return models.get_model(backbone, weights="IMAGENET1K_V1").state_dict()
     except (URLError, OSError) as error:
         raise InputError(
             f"torchvision's ImageNet weights could not be downloaded ({error}): use `--teacher builtin`, which needs "
-            "no network, or `--teacher PATH` with a .npz, .pth or .safetensors file of ResNet-18"
+            f"no network, or `--teacher PATH` with a .npz, .pth or .safetensors file of {backbone}"
         ) from error

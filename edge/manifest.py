@@ -1,4 +1,4 @@
-"""What a bundle says of itself: manifest.json, schema 2. Read strictly: an unknown or missing field is an error."""
+"""What a bundle says of itself: manifest.json, schema 3. Read strictly: an unknown or missing field is an error."""
 
 import hashlib
 from typing import Annotated, Literal
@@ -8,7 +8,7 @@ import msgspec
 from stpm.edge.errors import BundleError
 from stpm.edge.preprocess import Preprocess
 
-SCHEMA = 2
+SCHEMA = 3
 
 Precision = Literal["fp32", "fp16", "int8"]
 Quantize = Literal["ptq", "qad"]
@@ -53,7 +53,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     photo_size: tuple[int, int]  # width and height of the photos in pixels
     unreadable: list[str]
     photos: list[str]  # the first 16 digits of the sha256 of every photo, trained on or held out
-    settings: dict[str, int | float]
+    settings: dict[str, int | float | bool]
     best_epoch: int | None  # None when the student was given
 
 
@@ -70,7 +70,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: int
     images_sha256: str  # over their preprocessed pixels
     ranges_sha256: str
-    fine_tuning: dict[str, int | float] | None  # of the student, with quantize "qad"; and its best epoch
+    fine_tuning: dict[str, int | float | bool] | None  # of the student, with quantize "qad"; and its best epoch
 
 
 class Threshold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,7 +144,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: int
     category: str
     method: str
-    taps: list[str]
+    method_settings: dict[str, str | int | float | list[str]]  # backbone, taps, and what else the method knows
     precision: Precision
     preprocess: Preprocess
     created: str

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from stpm.build.cli import build_main
 from stpm.build.export import export_graph
 from stpm.build.gpu.cli import main as compile_main
-from stpm.build.methods import METHODS
+from stpm.build.methods.stpm import Stpm
 from stpm.calibration.fp16 import to_fp16
 from stpm.calibration.qdq import activations, convolutions, quantise
 from stpm.edge.bundle import Bundle, open_bundle
@@ -113,7 +113,7 @@ def bundle(bundles: dict[str, Bundle]) -> Bundle:
 @pytest.fixture(scope="session")
 def float_graph() -> onnx.ModelProto:
     """Two pyramids of fresh weights and the head, for 64×64."""
-    method = METHODS["stpm"]
+    method = Stpm()
     teacher, student = method.new_student(0), method.new_student(1)
     for pyramid in (teacher, student):  # biases that are not all zero
         for module in pyramid.modules():

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 from stpm.build.distil import FineTuning, distil
 from stpm.build.fake_quant import FakeQuantNetwork
-from stpm.build.methods import METHODS
+from stpm.build.methods.stpm import Stpm
 from stpm.build.train import split
 from stpm.calibration.qdq import activations, describe, quantise
 from stpm.calibration.ranges import collect, mse
@@ -17,7 +17,7 @@ from stpm.edge.errors import InputError
 from stpm.edge.preprocess import Preprocess
 from stpm.tools.parts import draw_part
 
-METHOD, SPEC = METHODS["stpm"], Preprocess()
+METHOD, SPEC = Stpm(), Preprocess()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stpm.build import train as training
-from stpm.build.methods import METHODS
+from stpm.build.methods.stpm import Stpm
 from stpm.build.pyramid import Pyramid, weights_hash
 from stpm.build.train import Recipe, split, train
 from stpm.build.weights import load_teacher
@@ -13,7 +13,7 @@ from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Preprocess
 from stpm.tools.parts import draw_part
 
-METHOD = METHODS["stpm"]
+METHOD = Stpm()
 SMALL = Preprocess(height=64, width=64)
 RECIPE = Recipe(epochs=3, batch=4, seed=3)
 
@@ -99,7 +99,7 @@ def test_without_room_for_the_cache_the_result_is_nearly_the_same(teacher, pixel
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_and_rate(teacher, pixels, tmp_path, monkeypatch):
-    monkeypatch.setattr(METHOD, "loss", lambda targets, student: student[0].sum() * float("nan"), raising=False)
+    monkeypatch.setattr(Stpm, "loss", lambda self, targets, student: student[0].sum() * float("nan"))
     with pytest.raises(TrainingError, match=r"epoch 1 at learning rate 0\.4"):
         run(teacher, pixels, tmp_path)
 

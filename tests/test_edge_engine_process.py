@@ -1,6 +1,7 @@
 """What the engine process does when an engine fails: which failures count, and what it says before it lets go."""
 
 import threading
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,11 +51,12 @@ class Running:
         self.line, self.theirs = Channel(ours, FromEngine), Channel(theirs, ToEngine)
         self.thread = threading.Thread(target=main, args=(EngineSettings("bundle"), self.theirs, self.ring))
         self.thread.start()
-        self.parts = 0
+        self.parts, self.heard = 0, deque()
 
     def hear(self):
-        (message,) = self.line.receive(10)
-        return message
+        if not self.heard:
+            self.heard.extend(self.line.receive(10))
+        return self.heard.popleft()
 
     def ask(self, answer):
         """The name of what came of it: Inspected, or the kind of the error."""

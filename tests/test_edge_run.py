@@ -364,6 +364,8 @@ def test_recipes_are_switched_reloaded_and_rolled_back_while_parts_are_judged(bu
         assert tell("status").details["recipe"] == 1
         assert tell("recipe", 2).ok
         assert tell("status").details["recipe"] == 2
+        judged = sum(tell("status").details["parts"].values())
+        wait_for(lambda: sum(tell("status").details["parts"].values()) > judged + 2)
         assert not tell("recipe", 3).ok
         plc.say(RecipeAsked(0, 1))
         wait_for(lambda: tell("status").details["recipe"] == 1)

@@ -13,7 +13,7 @@ from cuda_on_cpu.library import Host
 
 from stpm.build.export import check_parity, export_graph
 from stpm.build.gpu.graph import for_tensorrt
-from stpm.build.methods import METHODS
+from stpm.build.methods.stpm import Stpm
 from stpm.build.weights import load_teacher
 from stpm.calibration.dataset import find_dataset, load_mask
 from stpm.calibration.qdq import activations, quantise
@@ -47,7 +47,7 @@ def test_every_photo_is_found_and_every_defect_has_a_mask_with_something_in_it()
 
 def test_graphs_of_the_imagenet_teacher_on_a_real_screw(tmp_path):
     """torch, ONNX Runtime, OpenVINO and the numpy definition agree in fp32; int8 is near."""
-    method, spec = METHODS["stpm"], Preprocess()
+    method, spec = Stpm(), Preprocess()
     teacher, student = load_teacher(str(WEIGHTS), method.taps), method.new_student(0).eval()
     tensor = spec(read_image(SHARED / "data" / "screw" / "test" / "scratch_head" / "000.png"))
     model = method.graph(teacher, student, 256, 256)
@@ -83,7 +83,7 @@ def test_the_gpu_sees_the_same_pixels_of_real_photos(library):
 
 def test_the_graph_for_tensorrt_on_a_real_screw():
     """The common stem and the scaled student, with the ImageNet teacher: the anomaly map stays what it was."""
-    method = METHODS["stpm"]
+    method = Stpm()
     teacher, student = load_teacher(str(WEIGHTS), method.taps), method.new_student(0)
     spec = Preprocess()
     photos = sorted((SHARED / "data" / "screw" / "train" / "good").glob("*.png"))[:4]

@@ -26,7 +26,8 @@ from stpm.build.assemble import Assembly, Wish
 from stpm.build.compile import OpenVinoCompiler
 from stpm.build.distil import distil
 from stpm.build.graphs import Graphs
-from stpm.build.methods import METHODS
+from stpm.build.methods.base import described
+from stpm.build.methods.stpm import Stpm
 from stpm.build.pipeline import Job, prepare
 from stpm.build.pyramid import weights_hash
 from stpm.build.steps import STEP_VERSION, Inputs, Steps, default_work
@@ -78,13 +79,13 @@ def graphs_of(graphs: Graphs, steps: Steps) -> dict[str, onnx.ModelProto]:
 def _fine_tuned(graphs: Graphs, steps: Steps) -> onnx.ModelProto:
     def produce(folder: Path) -> None:
         unquantised = quantise(graphs.fp32, {}, in_float=convolutions(graphs.fp32))
-        method, spec = METHODS[graphs.method], graphs.preprocess
-        tuned, _ = distil(method, graphs.fp32, unquantised, graphs.pixels, spec, graphs.fine_tuning, folder)
+        spec, recipe = graphs.preprocess, graphs.fine_tuning
+        tuned, _ = distil(graphs.method, graphs.fp32, unquantised, graphs.pixels, spec, recipe, folder)
         onnx.save(tuned, folder / "graph.onnx")
 
     weights = {name: weights_hash(getattr(graphs, name).state_dict()) for name in ("teacher", "student")}
     pixels = hashlib.sha256(graphs.pixels.tobytes()).hexdigest()
-    inputs: Inputs = {"version": STEP_VERSION, "method": graphs.method, "pixels": pixels, **weights}
+    inputs: Inputs = {"version": STEP_VERSION, "pixels": pixels, **described(graphs.method), **weights}
     folder = steps.run("control", inputs | msgspec.structs.asdict(graphs.fine_tuning), produce)
     return onnx.load(folder / "graph.onnx")
 
@@ -191,7 +192,7 @@ def _run(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         recipe = Recipe(epochs=options.epochs, seed=seed)
         steps = Steps(options.work)
-        job = Job(options.data, options.category, options.teacher, "stpm", recipe, Preprocess(), steps)
+        job = Job(options.data, options.category, options.teacher, Stpm(), recipe, Preprocess(), steps)
         rows += rows_of(job, Wish(fine_tuning_epochs=options.qad_epochs), options.runs)
         print(text_of([row for row in rows if row.seed == seed]), flush=True)
     print(f"\n{text_of(rows)}")

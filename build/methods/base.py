@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import msgspec
 import torch
 from torch import nn
 
@@ -11,7 +12,14 @@ Features = list[torch.Tensor]
 
 
 class Method(Protocol):
-    name: str
+    """An immutable value: two that are equal train the same student."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def backbone(self) -> str:
+        """Of the teacher, by torchvision's name."""
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -31,3 +39,17 @@ class Method(Protocol):
 
     def graph(self, teacher: Pyramid, student: Pyramid, height: int, width: int) -> nn.Module:
         """Both networks and the head, batch norm folded: N×3×H×W → (anomaly map N×1×H×W, score N)."""
+
+
+Settings = dict[str, str | int | float | list[str]]
+
+
+def settings_of(method: Method) -> Settings:
+    """What there is to choose about it, and how it was."""
+    settings: Settings = msgspec.to_builtins(method)
+    return settings
+
+
+def described(method: Method) -> dict[str, str]:
+    """The method and its settings, for the key of a kept step."""
+    return {"method": method.name, "settings": msgspec.json.encode(method).decode()}

@@ -1,6 +1,8 @@
 """STPM: Student-Teacher Feature Pyramid Matching (Wang et al., BMVC 2021)."""
 
 import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -8,16 +10,20 @@ from torch.nn import functional as F
 
 from stpm.build.head import ProductHead
 from stpm.build.methods.base import Features
-from stpm.build.pyramid import Pyramid, fold_batch_norm
+from stpm.build.pyramid import TAPS, Pyramid, fold_batch_norm
 
 
+@dataclass(frozen=True)
 class Stpm:
-    name = "stpm"
-    taps = ("layer1", "layer2", "layer3")
+    """The defaults are the published ones; the paper varies taps and backbone too."""
+
+    backbone: str = "resnet18"
+    taps: tuple[str, ...] = TAPS
+    name: ClassVar[str] = "stpm"
 
     def new_student(self, seed: int) -> Pyramid:
         torch.manual_seed(seed)
-        return Pyramid(self.taps)
+        return Pyramid(self.taps, self.backbone)
 
     def targets(self, features: Features) -> Features:
         return [F.normalize(feature, dim=1) for feature in features]

@@ -106,7 +106,7 @@ def _torch(device: str, tensor: Tensor) -> tuple[Contenders, Reasons]:
     if device == "cuda" and not torch.cuda.is_available():
         return {}, {"torch": f"torch {torch.__version__} sees no CUDA device: install a build for this GPU"}
     torch.backends.cudnn.benchmark = True
-    method = METHODS["stpm"]
+    method = METHODS["stpm"]()
     height, width = tensor.shape[2:]
 
     def network() -> Any:
