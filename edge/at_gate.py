@@ -123,7 +123,8 @@ class AtGate:
             return
         encoder = self._gate.encoder
         if encoder is not None and encoder.lost(now_ns):
-            if self._health.fault("encoder", "the encoder is not heard", PlcError.exit_code):
+            at_work = self._health.phase in ("READY", "RUNNING")  # before, it need not have said anything yet
+            if at_work and self._health.fault("encoder", "the encoder is not heard", PlcError.exit_code):
                 self._told.alarm("the encoder is not heard: all parts on the way are rejected")
             self._gate.abandon()
         elif encoder is not None and self._health.settle("encoder"):

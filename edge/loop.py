@@ -149,6 +149,7 @@ class Loop:
             descriptors += self._control.filenos()
         select.select(descriptors, [], [], self._wait_s())
         now = time.monotonic_ns()
+        self._link.alive(now)  # before edges of this turn: a link that has not heard of us takes none
         line = self.line
         answers, lost = self._recipes.poll(now)
         for answer in answers:
@@ -172,7 +173,6 @@ class Loop:
         if self._control is not None:
             for request, reply in self._control.poll():
                 self._answer(request, reply, now)
-        self._link.alive(now)
         self._notify.alive(now)
 
     def _wait_s(self) -> float:
