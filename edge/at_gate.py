@@ -69,9 +69,13 @@ class AtGate:
         encoder = self._gate.encoder
         if encoder is None:
             return
-        moved = encoder.moved_ns > self._triggered_ns
+        read = encoder.newest_ns > self._triggered_ns  # between this trigger and the one before
+        moved = encoder.moved_ns >= self._triggered_ns
         self._triggered_ns = at_ns
-        self._at_one_place = 0 if moved else self._at_one_place + 1
+        if moved:
+            self._at_one_place = 0
+        elif read:
+            self._at_one_place += 1
         if self._at_one_place >= MOST_AT_ONE_PLACE:
             self._lose_track(f"{self._at_one_place} triggers came while the encoder stood still")
 
@@ -99,7 +103,9 @@ class AtGate:
             return
         late_ns = at_ns - edge.due_ns
         self._latency.add("gate jitter", abs(late_ns))
-        if late_ns > self._gate.pulse_ns / 2 and self._rejects(active):
+        limit_ns = self._gate.pulse_ns / 2 if self._rejects(active) else self._gate.pulse_ns
+        # too late, an output that accepts opens for another part; one that ends a reject only costs a good part
+        if late_ns > limit_ns and (self._rejects(active) or self._settings.polarity == "accept"):
             self._may_have_passed(f"the gate was switched {'on' if active else 'off'} {late_ns / MS:.0f} ms late")
 
     def not_switched(self, id: int, active: bool, reason: str, now_ns: int) -> None:
@@ -118,18 +124,28 @@ class AtGate:
         """The link has put the output to its safe level without being asked; the FAULT leaves it there."""
         self._may_have_passed(sentence)
 
-    def tick(self, now_ns: int) -> None:
+    @property
+    def _lost(self) -> str:
+        if self._settings.polarity == "accept":
+            return "all parts on the way are rejected"
+        return "a part may have passed, what is still on the way is rejected"
+
+    def tick(self, now_ns: int, inspects: bool) -> None:
+        """`inspects`: parts that come now get a verdict. Where not, nothing passes once those on the way are gone."""
         if not self.used:
             return
         encoder = self._gate.encoder
         if encoder is not None and encoder.lost(now_ns):
             at_work = self._health.phase in ("READY", "RUNNING")  # before, it need not have said anything yet
-            if at_work and self._health.fault("encoder", "the encoder is not heard", PlcError.exit_code):
-                self._told.alarm("the encoder is not heard: all parts on the way are rejected")
+            # where the output was off while nobody knew what comes, somebody must look
+            latched = self._settings.polarity == "reject" and self.waiting
+            if at_work and self._health.fault("encoder", "the encoder is not heard", PlcError.exit_code, latched):
+                self._told.alarm(f"the encoder is not heard: {self._lost}")
             self._gate.abandon()
         elif encoder is not None and self._health.settle("encoder"):
             self._told.event("state", "the encoder is heard again")
-        self._gate.hold(self._health.state not in plc.PASSING, now_ns)
+        idle = not inspects and not self.waiting
+        self._gate.hold(self._health.state not in plc.PASSING or idle, now_ns)
         for edge in self._gate.edges(now_ns):
             self._edges[edge.part, edge.active] = edge
             self._told.post(plc.Gate(edge.part, edge.active))
@@ -149,7 +165,7 @@ class AtGate:
 
     def _lose_track(self, sentence: str) -> None:
         """Nobody knows where the parts on the way are."""
-        if self._health.fault("tracking", f"{sentence}; all parts on the way are rejected", PlcError.exit_code, True):
+        if self._health.fault("tracking", f"{sentence}; {self._lost}", PlcError.exit_code, True):
             self._told.alarm(sentence)
         self._gate.abandon()
 

@@ -62,7 +62,7 @@ class Channel(Generic[Received]):
                 break
             try:
                 messages.append(self._decoder.decode(data))
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 self._nonsense = f"the process has sent what is no message ({error})"
                 break
         if messages:
@@ -73,6 +73,11 @@ class Channel(Generic[Received]):
         """Nothing more is sent; the other end hears that, and what it says until it has ended can be received."""
         with contextlib.suppress(OSError):  # it has gone already
             self._socket.shutdown(socket.SHUT_WR)
+
+    @property
+    def broken(self) -> bool:
+        """It has brought nonsense, and is not read any more."""
+        return bool(self._nonsense)
 
     def fileno(self) -> int:
         return self._socket.fileno()

@@ -2,7 +2,7 @@
 
 [station]  name
 [camera]   source, trigger, exposure, ...     edge/camera/messages.py
-[parts]    deadline, queue, alarm             Parts
+[parts]    deadline, queue, alarm             PartSettings
 [gate]     who rejects, when, how long        GateSettings
 [plc]      port and protocol                  edge/plc/settings.py
 [recipes]  number = bundle folder

@@ -92,7 +92,7 @@ class Control:
             del self._callers[caller]
             try:
                 request = msgspec.json.decode(data, type=Request)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 _reply(caller, Answer(False, f"not a request: {error}"))
                 continue
             requests.append((request, partial(_reply, caller)))

@@ -1,24 +1,25 @@
 """Counts of an encoder, read from time to time: where the belt was, is, and will be. Pure; 32 bits that wrap.
 
 An encoder is believed only as far as it is plausible: a counter that is set back, replaced or read wrongly would send
-every reject to another part.
+every pass and reject to another part.
 """
 
 import bisect
 from collections import deque
 
 WRAP = 1 << 32
-# no belt goes the whole way from camera to gate between two reads, unless it was as fast (up to so many times) before
+# so much faster than ever before a belt may become between two reads; until it has moved, the whole way is the limit
 FASTER = 4
-# and none runs back more than this share of the way; an encoder at a standstill may swing by a few counts
-BACK, LEAST_BACK = 0.02, 4
+# what does not matter: this share of the way, and the few counts by which an encoder swings at a standstill
+SHARE, LEAST = 0.02, 4
 
 
 class Encoder:
     """`way`: counts from the camera to the gate."""
 
     def __init__(self, timeout_ns: int, way: int) -> None:
-        self._timeout_ns, self._way = timeout_ns, way
+        self._timeout_ns, self.way = timeout_ns, way
+        self._fastest = 0.0  # counts per ns
         self._samples: deque[tuple[int, int]] = deque(maxlen=64)  # (at_ns, count without wraps)
         self._furthest = 0
         self.moved_ns = -1  # when the count last changed
@@ -40,6 +41,7 @@ class Encoder:
             return problem
         if step:
             self.moved_ns = at_ns
+            self._fastest = max(self._fastest, step / (at_ns - last_ns))
         self._samples.append((at_ns, last + step))
         self._furthest = max(self._furthest, last + step)
         return ""
@@ -49,13 +51,12 @@ class Encoder:
         self._furthest, self.moved_ns = count, at_ns
 
     def _implausible(self, step: int, in_ns: int, last: int) -> str:
-        before_ns, before = self._samples[max(-len(self._samples), -4)]
-        last_ns = self._samples[-1][0]
-        usual = (last - before) * in_ns / (last_ns - before_ns) if last_ns > before_ns else 0.0
-        if step > max(self._way, FASTER * usual):
-            return f"the encoder jumped by {step} counts, and from camera to gate there are {self._way}"
+        unimportant = max(SHARE * self.way, LEAST)
+        expected = FASTER * self._fastest * in_ns if self._fastest else self.way
+        if step > max(unimportant, expected):
+            return f"the encoder jumped by {step} counts between two reads"
         back = self._furthest - (last + step)
-        if back > max(BACK * self._way, LEAST_BACK):
+        if back > unimportant:
             return f"the encoder ran back by {back} counts, or was set to another count"
         return ""
 

@@ -74,6 +74,8 @@ class Gate:
         settings = self._settings
         self._delay = delay or (settings.counts if settings.mode == "encoder" else settings.delay_ms)
         self.pulse_ns = round((pulse_ms or settings.pulse_ms) * MS)
+        if self.encoder is not None:
+            self.encoder.way = round(self._delay)
 
     def plan(self, part: int, captured_ns: int, id: int = 0) -> None:
         """A part was in front of the camera at that time; said again when the time is known better. `part` is its
@@ -99,8 +101,8 @@ class Gate:
     def hold(self, held: bool, now_ns: int) -> None:
         """Reject whatever comes (FAULT, not ready yet), or work.
 
-        With polarity reject, parts that went past meanwhile without a window would pass after that: everything is
-        rejected until they are gone.
+        With polarity reject, parts that went past meanwhile without a window would pass after that, and with any after
+        `abandon`: everything is rejected until they are gone.
         """
         if self._held and not held and (self._abandoned or self._settings.polarity == "reject"):
             self._unseen = Window(0, now_ns, self._delay, 0)

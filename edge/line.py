@@ -27,6 +27,7 @@ from stpm.edge.policy import Verdict, judge
 
 # parts that were missed and get a verdict each; a jump of the PLC's numbers beyond this is a PLC that counts anew
 LONGEST_GAP = 100
+NOISE_NS = 1_000_000_000  # between two lines of the journal about noise
 FREE_RUN = 0  # the trigger of a frame that answers none
 
 
@@ -81,6 +82,8 @@ class Line:
         self._expire_ns = round(station.plc.expire_ms * MS)
         self._key = self._id = self._trigger_number = 0
         self._unnumbered = False  # triggers come without a number
+        self._maybe_lost = ""  # what may have been the first of them
+        self._noise_told_ns = 0
         self._next_number = 1  # of the camera's frames
         self._asked_for_frame = False
         self._newest: tuple[FrameReady, int] | None = None  # free run, policy latest: waits for the engine since
@@ -104,8 +107,13 @@ class Line:
             why = "inspection is not enabled" if not self.enabled else "the line is not ready, or stops"
             why = why if self._triggered else 'camera.trigger is not "software"'
             self.journal.event("plc", f"a trigger was ignored: {why}")
+            if number is None and self._triggered and not stopping:
+                self._out_of_step("a trigger without a number came while inspection was not enabled")
             return
         self._unnumbered = number is None
+        if self._unnumbered and self._maybe_lost:
+            self._out_of_step(f"{self._maybe_lost}; it may have been a trigger, and triggers have no numbers here")
+        self._maybe_lost = ""
         if number is not None and not self._number_is_next(number, at_ns, now_ns):
             return
         self.gate.triggered(at_ns)
@@ -173,7 +181,9 @@ class Line:
         self._asked_for_frame = False
         for part in list(self._awaiting.values()):
             self._judge(part, judge(None, 0, sentence), now_ns)
-        uncounted = not (self._triggered or self._latest or self._recorded or self.gate.used)
+        # an accepting gate passes none that nobody has counted
+        counted = self._triggered or self._latest or self._recorded
+        uncounted = not (counted or (self.gate.used and self.station.gate.polarity == "accept"))
         if uncounted and self.health.phase in ("READY", "RUNNING"):
             self._out_of_step(f"{sentence}; how many parts went past meanwhile, nobody has counted")
 
@@ -196,7 +206,7 @@ class Line:
                 if self.health.settle("silence"):
                     self.journal.event("plc", "the PLC beats again")
             case plc.ClearAsked():
-                self.clear("the PLC")
+                self.clear("the PLC", now_ns)
             case plc.Switched(id, active, at_ns):
                 self.gate.switched(id, active, at_ns)
             case plc.Unswitched(id, active, _, reason):
@@ -215,9 +225,10 @@ class Line:
                     self.journal.event("plc", f"inspection {'enabled' if on else 'disabled'}")
             case plc.Garbage(_, what, lost, count):
                 self.counts.garbage += count
-                self.journal.event("plc", what)
-                if lost and self._unnumbered:
-                    self._out_of_step(f"{what}; it may have been a trigger, and triggers have no numbers here")
+                if lost:
+                    self._lost_line(what, now_ns)
+                else:
+                    self.journal.event("plc", what)
             case _:
                 raise AssertionError(f"{event} is not for the line")
 
@@ -228,7 +239,7 @@ class Line:
                 self._late(part, now_ns)
         self._work(now_ns)
         self._listen(now_ns)
-        self.gate.tick(now_ns)
+        self.gate.tick(now_ns, self.enabled and not (self.finishing and not self._open))
         self._announce()
         if now_ns >= self._next_beat_ns:
             counts = self.counts
@@ -242,16 +253,18 @@ class Line:
         gate = self.gate.due_ns()
         return min([self._next_beat_ns, *times, *([gate] if gate is not None else [])])
 
-    def clear(self, by: str) -> None:
-        """Somebody has looked at what is latched."""
+    def clear(self, by: str, now_ns: int) -> None:
+        """Somebody has looked at what is latched. Where ours and the PLC's parts may be different ones, those that are
+        still open would be taken for later ones: they get their outcome before that."""
+        if "missed" in self.health.conditions:
+            self._end_open("FAULT was cleared while it was open", now_ns)
         cleared = self.health.clear()
         self.journal.event("operator", f"{by} cleared {', '.join(cleared) or 'nothing: nothing was latched'}")
 
     def close(self, now_ns: int) -> None:
         """The link is closed: open parts get their verdict, and what the link has not answered is not delivered."""
         self.stop()
-        for part in [*self._asked.values(), *self._queue, *self._awaiting.values()]:
-            self._judge(part, judge(None, 0, "the line has stopped"), now_ns)
+        self._end_open("the line has stopped", now_ns)
         for id in list(self._sent):
             self._undelivered(id, "the line has stopped")
 
@@ -309,6 +322,20 @@ class Line:
         for number in numbers:
             self._judge(self._new_part(at_ns, number), judge(None, 0, sentence), now_ns)
         self._out_of_step(sentence)
+
+    def _end_open(self, sentence: str, now_ns: int) -> None:
+        for part in [*self._asked.values(), *self._queue, *self._awaiting.values()]:
+            self._judge(part, judge(None, 0, sentence), now_ns)
+
+    def _lost_line(self, what: str, now_ns: int) -> None:
+        """The PLC has said something that did not arrive; noise may be a thousand such lines a second."""
+        if now_ns >= self._noise_told_ns:
+            self._noise_told_ns = now_ns + NOISE_NS
+            self.journal.event("plc", what)
+        if self._unnumbered:
+            self._out_of_step(f"{what}; it may have been a trigger, and triggers have no numbers here")
+        elif self._triggered and self.health.phase in ("READY", "RUNNING"):
+            self._maybe_lost = what
 
     def _out_of_step(self, sentence: str) -> None:
         """The PLC's parts and ours may not be the same any more: FAULT until somebody has looked."""

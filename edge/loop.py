@@ -60,7 +60,7 @@ class Loop:
             if self._station.control.socket:
                 self._control = Control(self._station.control.socket)
             self._start_up(stop)
-            if not stop.is_set():
+            if not (stop.is_set() or self._stop_asked):
                 self._ready()
                 self._work(stop)
                 self._finish()
@@ -85,7 +85,7 @@ class Loop:
         line, deadline = self.line, time.monotonic() + START_UP_S
         line.tick(time.monotonic_ns())  # BOOT
         line.health.phase = "SELF_TEST"
-        while not (self._recipes.ready and self._camera.ready) and not stop.is_set():
+        while not (self._recipes.ready and self._camera.ready) and not (stop.is_set() or self._stop_asked):
             self._turn()
             self._recipes.raise_failure()
             if self._camera.error:
@@ -169,7 +169,7 @@ class Loop:
         for slot in self.record.poll(now):
             self._camera.release(slot)
         self._look_after(now)
-        line.tick(now)
+        line.tick(time.monotonic_ns())  # what was done meanwhile may have taken its time
         if self._control is not None:
             for request, reply in self._control.poll():
                 self._answer(request, reply, now)
@@ -257,7 +257,7 @@ class Loop:
             case "rollback":
                 self._recipes.rollback(recipe, self._told(request.by, reply), now)
             case "clear":
-                self.line.clear(request.by)
+                self.line.clear(request.by, now)
                 reply(Answer(True, "cleared"))
             case "stop":
                 self.record.event("operator", f"{request.by} stopped the line")

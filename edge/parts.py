@@ -24,7 +24,7 @@ class Part:
     asked_ns: int = 0  # when the engine got it; later than `arrived_ns` when it was busy with another part
     judged_ns: int = 0
     delivery: str = ""  # delivered, acknowledged or undelivered
-    gate: str = ""  # passed or rejected, where we work the gate
+    gate: str = ""  # passed, rejected or missed, where we work the gate
 
     @property
     def captured_ns(self) -> int:

@@ -106,7 +106,8 @@ class Supervisor:
     def fileno(self) -> int | None:
         """Readable when the child, or one that was killed, has said something or is gone."""
         worker = self.worker or self._killed
-        return worker.channel.fileno() if worker else None
+        # nonsense is never read out of the channel, so that it would stay readable
+        return worker.channel.fileno() if worker and not (worker is self._killed and worker.channel.broken) else None
 
     def due_ns(self) -> int | None:
         """When another child will be started at the latest; None while there is one."""

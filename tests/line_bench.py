@@ -98,7 +98,7 @@ class Bench:
             recorded,
         )
         self.line.health.phase = "READY"
-        self.line.gate.tick(-LONG_MS * MS)  # for so long that nothing can have gone past unseen
+        self.line.gate.tick(-LONG_MS * MS, True)  # for so long that nothing can have gone past unseen
         self.tick()
 
     def _take(self, trigger):

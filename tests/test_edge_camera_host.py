@@ -10,7 +10,7 @@ from played import Played
 
 from stpm.edge.camera import host as camera_host
 from stpm.edge.camera.host import CameraHost
-from stpm.edge.camera.messages import CameraOpened, CameraSettings, FrameReady, FromCamera
+from stpm.edge.camera.messages import CameraFailed, CameraOpened, CameraSettings, FrameReady, FromCamera
 from stpm.edge.loop import newly_differing
 from stpm.edge.ring import Ring
 
@@ -181,6 +181,40 @@ def test_a_system_that_starts_no_camera_process_is_a_sentence_and_is_tried_again
     host.poll(1_000_000_000)
     assert host.ready
     assert host.error == ""
+
+
+def test_a_refusal_is_not_the_reason_of_what_happens_after_it(played):
+    host, started, refusals, _ = played
+    refusals += [OSError(24, "Too many open files")]
+    host.poll(0)
+    host.poll(host.due_ns())
+    started[0].there.close()
+    host.poll(1_000_000_000)
+    assert host.error == "the camera process has died"
+
+
+def test_a_camera_that_has_failed_is_not_there_though_it_hangs_when_it_closes(played):
+    host, started, _, _ = played
+    host.poll(0)
+    started[0].there.send(CameraOpened("a camera", True))
+    host.poll(1)
+    assert host.ready
+    started[0].there.send(CameraFailed("unplugged"))
+    host.poll(2)
+    assert not host.ready
+    assert not host.take(1)
+    assert started[0].killed
+    assert host.error == "unplugged"
+
+
+def test_a_killed_process_that_has_said_nonsense_does_not_keep_the_line_awake(played):
+    host, started, _, _ = played
+    host.poll(0)
+    assert host.fileno() is not None
+    started[0].end.send(b"rubbish")
+    host.poll(1)
+    assert started[0].killed
+    assert host.fileno() is None
 
 
 def test_a_camera_process_that_says_what_nobody_understands_is_replaced_after_what_it_had_said(played):

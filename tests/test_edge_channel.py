@@ -109,3 +109,14 @@ def test_a_system_without_memory_for_a_message_is_as_one_who_does_not_read():
             raise OSError(errno.ENOBUFS, "No buffer space available")
 
     assert not Channel(Refuses(), Word).send(Word("hello"))
+
+
+def test_text_that_is_none_is_no_message_either():
+    ours, theirs = pair()
+    channel = Channel(ours, Word)
+    with theirs:
+        theirs.send(msgspec.msgpack.encode(Word("abc")).replace(b"abc", b"\xff\xfe\xfd"))
+        with pytest.raises(ChannelClosedError, match="no message"):
+            channel.receive(1)
+    assert channel.broken
+    channel.close()

@@ -129,10 +129,11 @@ def readable(caller):
     return bool(select.select([caller], [], [], 0)[0])
 
 
-def test_nonsense_is_answered_and_not_passed_on(control, path):
+@pytest.mark.parametrize("nonsense", [b'{"verb": "explode"}', b'{"verb": "status", "by": "\xff"}', b"\x00"])
+def test_nonsense_is_answered_and_not_passed_on(control, path, nonsense):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
         caller.connect(path)
-        caller.send(b'{"verb": "explode"}')
+        caller.send(nonsense)
         assert control.poll() == []
         assert b"not a request" in caller.recv(1000)
 
@@ -224,3 +225,11 @@ def test_without_systemd_nothing_happens_and_one_that_has_gone_is_no_error(monke
     Notify().say("READY=1")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     Notify().say("READY=1")
+
+
+def test_without_a_free_descriptor_systemd_hears_nothing_and_the_line_goes_on(systemd, monkeypatch):
+    def refuse(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("stpm.edge.notify.socket.socket", refuse)
+    Notify().alive(10**12)

@@ -49,12 +49,14 @@ def fed(counts, every_ms=10):
     "counts",
     [
         range(0, 100_000, 90),
+        # from a crawl to full speed, in steps of four times the fastest so far
+        [0, 4, 8, 28, 48, 128, 208, 500, 800, 1200],
         range((1 << 32) - 500, (1 << 32) + 500, 50),
         [*range(0, 500, 50), *([450] * 20), *range(450, 2000, 50)],
         # swings at a standstill
         [0, 50, 100, 103, 100, 97, 101, 100, 150],
         # so fast that the whole way lies between two reads
-        [0, 400, 800, 2200, 3600, 5000, 10000],
+        [0, 900, 2200, 3600, 8000, 10000],
     ],
 )
 def test_a_belt_that_runs_wraps_stands_swings_or_runs_fast_is_believed(counts):
@@ -62,7 +64,9 @@ def test_a_belt_that_runs_wraps_stands_swings_or_runs_fast_is_believed(counts):
 
 
 @pytest.mark.parametrize(
-    ("last", "sentence"), [(0, "ran back"), (900, "ran back"), (2500, "jumped"), (1 << 31, "jumped|ran back")]
+    ("last", "sentence"),
+    # the belt runs by 10 from read to read: the way is 1000, and a jump within it is one too
+    [(0, "ran back"), (900, "ran back"), (1400, "jumped"), (2500, "jumped"), (1 << 31, "jumped|ran back")],
 )
 def test_a_counter_that_is_set_back_or_jumps_is_told_once_and_counts_from_there(last, sentence):
     encoder, said = fed([*range(0, 1000, 10), last, last + 10, last + 20])

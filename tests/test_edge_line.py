@@ -43,7 +43,7 @@ def test_every_keeps_all_in_order_and_an_overrun_is_a_reject_that_is_told():
         bench.answer()
     assert bench.link.verdicts[1:] == [(1, "PASS"), (2, "PASS"), (3, "PASS")]
     bench.settled()
-    bench.line.clear("somebody")
+    bench.line.clear("somebody", bench.now)
     bench.tick()
     assert bench.link.states[-1] == "RUNNING"
 
@@ -402,14 +402,64 @@ def test_a_plc_that_counts_anew_costs_no_parts(restart):
 @pytest.mark.parametrize(("number", "lost", "fault"), [(None, True, True), (None, False, False), (5, True, False)])
 def test_a_damaged_line_may_have_been_a_trigger_and_is_a_fault_where_no_number_will_tell(number, lost, fault):
     bench = triggered()
-    bench.line.link_event(plc.Garbage(bench.now, "noise", lost=True), bench.now)  # before the first trigger
     bench.trigger(number)
     bench.frame(trigger=bench.taken[-1])
     bench.answer()
     bench.line.link_event(plc.Garbage(bench.now, "3 damaged lines", lost=lost, count=3), bench.now)
     bench.tick()
     assert (bench.link.states[-1] == "FAULT") == fault
-    assert bench.line.counts.garbage == 4
+    assert bench.line.counts.garbage == 3
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "fault"), [("READY", None, True), ("READY", 7, False), ("BOOT", None, False)]
+)
+def test_the_first_trigger_may_be_the_one_that_was_lost(phase, number, fault):
+    bench = triggered()
+    bench.line.health.phase = phase
+    bench.line.link_event(plc.Garbage(bench.now, "a damaged line", lost=True), bench.now)
+    bench.line.health.phase = "READY"
+    bench.tick()
+    assert bench.link.states[-1] == "READY"
+    bench.trigger(number)
+    bench.tick()
+    assert (bench.link.states[-1] == "FAULT") == fault
+
+
+def test_noise_is_in_the_journal_once_a_second():
+    bench = triggered()
+    for _ in range(50):
+        bench.line.link_event(plc.Garbage(bench.now, "noise", lost=True), bench.now)
+        bench.tick(50)
+    assert sum(kind == "plc" for kind, _ in bench.journal.events) == 3
+    assert bench.line.counts.garbage == 50
+
+
+def test_a_trigger_without_a_number_that_is_ignored_shifts_all_later_ones():
+    bench = triggered(plc__enable=True)
+    bench.trigger()
+    bench.tick()
+    assert bench.link.states[-1] == "FAULT"
+    bench = triggered(plc__enable=True)
+    bench.trigger(4)
+    bench.tick()
+    assert bench.link.states[-1] == "READY"
+
+
+def test_what_is_open_when_missed_is_cleared_gets_its_outcome_before_that():
+    bench = triggered()
+    bench.trigger()
+    bench.frame(trigger=bench.taken[-1])
+    bench.line.link_event(plc.Garbage(bench.now, "a damaged line", lost=True), bench.now)
+    bench.tick()
+    bench.line.link_event(plc.ClearAsked(bench.now), bench.now)
+    bench.tick()
+    assert bench.link.verdicts == [(1, "UNKNOWN")]
+    order = [type(message).__name__ for message in bench.link.posted if not isinstance(message, plc.Beat)]
+    assert order[-2:] == ["Part", "State"]
+    bench.answer(0.1)  # changes nothing any more
+    assert bench.link.verdicts == [(1, "UNKNOWN")]
+    bench.settled()
 
 
 def test_triggers_are_ignored_and_told_while_they_mean_nothing():
@@ -418,9 +468,10 @@ def test_triggers_are_ignored_and_told_while_they_mean_nothing():
     bench = triggered(plc__enable=True)
     bench.trigger()
     assert bench.taken == []
-    assert "not enabled" in bench.journal.events[-1][1]
+    assert any("not enabled" in text for _, text in bench.journal.events)
     assert not bench.link.of(plc.State)[-1].enabled
     bench.line.link_event(plc.Enabled(bench.now, True), bench.now)
+    bench.line.clear("somebody", bench.now)
     bench.tick()
     assert bench.link.of(plc.State)[-1].enabled
     bench.trigger()

@@ -82,10 +82,23 @@ def test_too_many_parts_lose_the_oldest():
     assert [box.next().id, box.next().id] == [2, 3]
 
 
+@pytest.mark.parametrize("state", ["FAULT", "SELF_TEST", "STOPPED"])
+def test_no_pass_and_no_earlier_state_comes_after_a_state_in_which_nothing_may_pass(state):
+    box = Outbox(8, 1000 * MS)
+    for message in (State("READY"), Beat(1), Part(1, "PASS", 0.1), State(state), Part(2, "UNKNOWN", None)):
+        box.put(message, 0)
+    order = [box.next() for _ in range(4)]
+    assert order == [State(state), Part(1, "PASS", 0.1), Part(2, "UNKNOWN", None), Beat(1)]
+    assert box.next() is None
+    box.put(State(state), 0)
+    box.put(State("RUNNING"), 0)
+    assert [box.next(), box.next()] == [State(state), State("RUNNING")]
+
+
 # --- noise
 
 
-def noise(at_ms, lost=True, what="noise"):
+def noise(at_ms, lost=False, what="noise"):
     return Garbage(at_ms * MS, what, lost)
 
 
@@ -96,7 +109,7 @@ def test_the_first_noise_is_told_at_once_and_the_rest_of_a_second_together():
         assert kind.add(noise(at_ms, what=f"at {at_ms}")) == []
     assert kind.due(1004 * MS) == []
     (told,) = kind.due(1005 * MS)
-    assert (told.count, told.lost) == (3, True)
+    assert (told.count, told.lost) == (3, False)
     assert told.what == "3 times within a second, the last: at 900"
     # the next second begins with that
     assert kind.add(noise(1100)) == []
@@ -107,8 +120,8 @@ def test_the_first_noise_is_told_at_once_and_the_rest_of_a_second_together():
 
 def test_a_lost_line_is_told_at_once_whatever_else_is_wrong():
     inbox = Inbox(False)
-    inbox.tell([noise(0, False), noise(1, False), noise(2, True), noise(3, False)], 3 * MS)
-    assert inbox.take() == [noise(0, False), noise(2, True)]
+    inbox.tell([noise(0), noise(1), noise(2, True), noise(3), noise(3, True)], 3 * MS)
+    assert inbox.take() == [noise(0), noise(2, True), noise(3, True)]
     assert inbox.due_ns() == 1000 * MS
     inbox.tell([], 1000 * MS)
     assert [(each.count, each.lost) for each in inbox.take()] == [(2, False)]
@@ -148,7 +161,7 @@ def opened(cable):
         link.close(State("STOPPED"))
 
 
-def test_a_burst_of_noise_is_two_events_and_every_line_of_it_counts(opened, cable, plc):
+def test_in_a_burst_of_noise_every_line_counts_and_may_have_been_a_trigger(opened, cable, plc):
     link = opened()
     heard = Heard(link)
     plc.say(Triggered(0, 1))
@@ -156,7 +169,6 @@ def test_a_burst_of_noise_is_two_events_and_every_line_of_it_counts(opened, cabl
     for _ in range(40):
         cable.noise(b"\x80\xff\n")
     heard.until(lambda events: sum(each.count for each in events if isinstance(each, Garbage)) == 40)
-    assert [each.count for each in heard.events if isinstance(each, Garbage)] == [1, 39]
     assert all(each.lost for each in heard.events if isinstance(each, Garbage))
 
 

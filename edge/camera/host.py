@@ -72,8 +72,10 @@ class CameraHost:
 
     def poll(self, now_ns: int) -> tuple[list[FrameReady], bool]:
         """The frames that have come, and True when the process is gone after these."""
+        refused = self.supervisor.refused
         if not self.ended and self.supervisor.tick(now_ns):
             self._moved_ns = now_ns
+            self.error = "" if refused else self.error
         if self.supervisor.refused:
             self.error = f"the system does not start a camera process ({self.supervisor.refused}): it is tried again"
         frames: list[FrameReady] = []
@@ -119,8 +121,9 @@ class CameraHost:
                     self.supervisor.well(now_ns)
                 case CameraEnded():
                     self.ended = True
-                case CameraFailed():
+                case CameraFailed():  # its last word; it may hang when it closes the device
                     self.error = message.sentence
+                    self._down(message.sentence, now_ns)
         return frames
 
     def _down(self, sentence: str, now_ns: int) -> None:

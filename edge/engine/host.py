@@ -86,10 +86,12 @@ class EngineHost:
 
     def poll(self, now_ns: int) -> tuple[list[FromEngine], int | None]:
         """What it says, and the part that is lost with a process that has died or was killed because it hangs."""
+        refused = self.supervisor.refused
         if self._retired:
             self.supervisor.reap(now_ns)
         elif self.supervisor.tick(now_ns):
             self._since_ns = now_ns
+            self.error = None if refused else self.error
         if self.supervisor.refused:
             self.error = EngineError(
                 f"the system does not start an engine process ({self.supervisor.refused}): it is tried again"

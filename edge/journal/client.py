@@ -14,7 +14,7 @@ from subprocess import Popen
 import msgspec
 
 from stpm.edge.channel import ChannelClosedError
-from stpm.edge.journal.handed import HandedCount
+from stpm.edge.journal.handed import HandedCount, count_file
 from stpm.edge.journal.messages import (
     Event,
     FromJournal,
@@ -270,7 +270,7 @@ class JournalWriter:
         """The end of the run: what waits is handed over and written, within `grace_s` seconds; a journal process that
         has not ended by then is killed. Slots are of no more use. A second call does nothing."""
         deadline = time.monotonic() + grace_s
-        self._run = None  # no more processes
+        begun, self._run = self._run is not None, None  # no more processes
         while self._queue and self._worker is not None and time.monotonic() < deadline - grace_s / 2:
             self._flush()
             time.sleep(0.002)
@@ -289,6 +289,8 @@ class JournalWriter:
         if self._count is not None:
             self._count.close()
             self._count = None
+            if not begun:  # there is nothing to count, and nobody who would take it away
+                count_file(Path(self._settings.folder), self._at).unlink(missing_ok=True)
 
 
 def _clean(text: str) -> str:

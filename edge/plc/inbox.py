@@ -1,5 +1,5 @@
 """What waits for the line: one answer for each part and each gate edge that it has posted, and noise told once a
-second. Filled by the link's thread, emptied by the line's."""
+second, unless a trigger may be lost in it. Filled by the link's thread, emptied by the line's."""
 
 import contextlib
 import os
@@ -31,8 +31,7 @@ class Inbox:
         self._events: list[Incoming] = []
         self._news: int | None = os.eventfd(0, os.EFD_NONBLOCK)
         self._unanswered: Counter[int | tuple[int, bool]] = Counter()  # parts by id, edges by id and level
-        # what may have been a trigger is told at once, whatever else there is to tell
-        self._noise = {lost: Noise() for lost in (False, True)}
+        self._noise = Noise()
 
     # --- from the link's thread
 
@@ -44,19 +43,16 @@ class Inbox:
         for key in list(self._unanswered.elements()):
             answer = Undelivered(key, now_ns, reason) if isinstance(key, int) else Unswitched(*key, now_ns, reason)
             self.tell([answer], now_ns)
-        self.put([event for noise in self._noise.values() for event in noise.due(noise.until_ns)])
+        self.put(self._noise.due(self._noise.until_ns))
 
     def tell(self, events: list[Incoming], now_ns: int) -> None:
         """What is news of it, and noise that is due."""
         told = [noise for event in events for noise in self._news_of(event)]
-        for noise in self._noise.values():
-            told += noise.due(now_ns)
-        self.put(told)
+        self.put(told + self._noise.due(now_ns))
 
     def due_ns(self) -> int | None:
         """When `tell` has something to say by itself."""
-        times = [noise.until_ns for noise in self._noise.values() if noise.waiting is not None]
-        return min(times, default=None)
+        return None if self._noise.waiting is None else self._noise.until_ns
 
     def _news_of(self, event: Incoming) -> list[Incoming]:
         match event:
@@ -66,8 +62,8 @@ class Inbox:
                 return [event] if self._answers((id, active)) else []
             case Enabled():
                 return [event] if self._enable else []
-            case Garbage():
-                return self._noise[event.lost].add(event)
+            case Garbage() if not event.lost:  # what may have been a trigger is told at once
+                return self._noise.add(event)
         return [event]
 
     def _answers(self, key: int | tuple[int, bool]) -> bool:
@@ -113,7 +109,7 @@ class Inbox:
 
 
 class Noise:
-    """Garbage of one kind: the first is told at once, what follows within a second is told together. Pure."""
+    """Garbage: the first is told at once, what follows within a second is told together. Pure."""
 
     def __init__(self) -> None:
         self.until_ns = 0

@@ -23,6 +23,7 @@ from stpm.edge.plc.messages import (
     Outgoing,
     Part,
     State,
+    Switched,
     Undelivered,
     Unswitched,
 )
@@ -247,16 +248,12 @@ class LinkThread:
             if self._connected and (edge := self._gate.owed(now_ns)) is not None:
                 heard = self._port.send(edge, now_ns)
                 self._hear(heard)
-                done = not any(isinstance(event, Unswitched) and event.active == edge.active for event in heard)
+                done = any(isinstance(event, Switched) and event.active == edge.active for event in heard)
         finally:
             if newly:
-                what = (
-                    "has put the gate output to its safe level"
-                    if done
-                    else "tries to put the gate output to its safe level"
-                )
+                what = f"the link {'has put' if done else 'puts'} the gate output to its safe level"
                 why = f"the line had not been heard from for {DEAD_MAN_NS // MS} ms"
-                self._tell([GateReleased(now_ns, f"the link {what}: {why}")])
+                self._tell([GateReleased(now_ns, f"{what}: {why}")])
 
     def _collect(self) -> None:
         """What was posted since, and what came of what waits."""

@@ -182,7 +182,7 @@ class ClearAsked:
 @dataclass(frozen=True)
 class Garbage:
     """Something that is wrong with the line, though it works: noise, a wrong checksum, a gap in the PLC's numbers, an
-    exception answer, an adapter that waits. At most one a second of those with `lost` and one of those without."""
+    exception answer, an adapter that waits. At most one a second of those without `lost`."""
 
     at_ns: int
     what: str

@@ -1,13 +1,13 @@
 """What waits to be sent, and in which order it goes. Pure; the clock is passed in.
 
-A gate edge goes first, then results, then states and heartbeats. Of the gate only the newest level counts: an edge
-that was overtaken by another before it got out would hit a later part.
+A gate edge goes first, then a state in which nothing may pass, then results, then other states and heartbeats. Of the
+gate only the newest level counts: an edge that was overtaken by another before it got out would hit a later part.
 """
 
 from collections import deque
 from dataclasses import replace
 
-from stpm.edge.plc.messages import Beat, Gate, Incoming, Outgoing, Part, State, Undelivered, Unswitched
+from stpm.edge.plc.messages import PASSING, Beat, Gate, Incoming, Outgoing, Part, State, Undelivered, Unswitched
 
 
 class Outbox:
@@ -18,6 +18,7 @@ class Outbox:
         self.gate_ns = 0  # when it was posted
         self._parts: deque[Part] = deque()
         self._rest: deque[State | Beat] = deque()
+        self._stop: State | None = None  # the newest, where nothing may pass in it
         self.newest: State | None = None  # sent or not
 
     def put(self, message: Outgoing, now_ns: int) -> list[Incoming]:
@@ -33,9 +34,13 @@ class Outbox:
                 self._parts.append(message)
                 if len(self._parts) > self._longest:
                     return [Undelivered(self._parts.popleft().id, now_ns, "overrun: too many results wait")]
-            case State():
+            case State(state):
                 self.newest = message
-                self._rest.append(message)
+                if state in PASSING:
+                    self._rest.append(message)
+                else:  # no PASS may overtake it, and no earlier state may follow it
+                    self._rest = deque(each for each in self._rest if isinstance(each, Beat))
+                    self._stop = message
             case Beat():
                 self._rest.append(message)
         return []
@@ -45,6 +50,9 @@ class Outbox:
         if self.gate is not None:
             gate, self.gate = self.gate, None
             return gate
+        if self._stop is not None:
+            stop, self._stop = self._stop, None
+            return stop
         if self._parts:
             return self._parts.popleft()
         return self._rest.popleft() if self._rest else None
@@ -52,6 +60,7 @@ class Outbox:
     def only_the_newest(self) -> None:
         """The link is down: of states and heartbeats the last state is all that will matter."""
         self._rest.clear()
+        self._stop = None
 
     def condense(self) -> None:
         """The device is busy with what it has: of the states that wait the newest counts, and so of the heartbeats."""

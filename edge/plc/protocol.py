@@ -208,7 +208,8 @@ class LineReader:
             kind, sequence, fields = _fields(line)
         except ProtocolError as error:
             # the rest of a line that began before we listened is no fault of the line
-            return [] if self._joined_late else [Garbage(at_ns, str(error), lost=True)]
+            joined_late = self._joined_late and not line.startswith(b"TRIG")
+            return [] if joined_late else [Garbage(at_ns, str(error), lost=True)]
         messages: list[Incoming] = []
         expected, self._expected = self._expected, (sequence + 1) % SEQUENCE_MODULUS
         if expected is not None and sequence != expected:
