@@ -30,7 +30,7 @@ def test_it_is_self_contained(text):
     assert not page.outside
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(http" not in text
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
     assert page.pictures == 2 * (2 + 3)  # two engines: worst pass, worst reject, three normals
 
 
