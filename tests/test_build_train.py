@@ -1,13 +1,19 @@
 """The loss as published, and a run that can be stopped."""
 
+import re
+
+import cv2
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from stpm.build import train as training
+from stpm.build.curve import learning_curve
+from stpm.build.methods import base
 from stpm.build.methods.stpm import Stpm
 from stpm.build.pyramid import Pyramid, weights_hash
-from stpm.build.train import Recipe, split, train
+from stpm.build.train import Recipe, TrainingSet, split, train
 from stpm.build.weights import load_teacher
 from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Preprocess
@@ -127,3 +133,102 @@ def test_folding_batch_norm_changes_nothing(teacher):
 def _made(folder):
     folder.mkdir()
     return folder
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("backbone", "widths"),
+    [("resnet34", (64, 128, 256)), ("resnet50", (256, 512, 1024)), ("wide_resnet50_2", (256, 512, 1024))],
+)
+def test_other_backbones_have_their_widths_and_fold_too(backbone, widths):
+    method = Stpm(backbone)
+    network = method.new_student(0).eval()
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = method.graph(network, method.new_student(1).eval(), 64, 64)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    with torch.inference_mode():
+        features = network(x)
+        assert tuple(feature.shape[1] for feature in features) == widths
+        for folded, plain in zip(model.teacher(x), features, strict=True):
+            torch.testing.assert_close(folded, plain, atol=1e-3, rtol=1e-3)
+        assert model(x)[0].shape == (1, 1, 64, 64)
+
+
+@pytest.mark.parametrize("taps", [("layer1",), ("layer2", "layer4"), ("layer1", "layer2", "layer3", "layer4")])
+def test_a_pyramid_ends_at_its_last_tap_and_gives_those_asked_for(taps):
+    network = Stpm(taps=taps).new_student(0).eval()
+    assert [feature.shape[1] for feature in network(torch.zeros(1, 3, 64, 64))] == [
+        {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}[tap] for tap in taps
+    ]
+    assert network.layers[-1] == taps[-1]
+
+
+def test_methods_with_other_settings_are_other_steps():
+    described = {str(base.described(method)) for method in (Stpm(), Stpm("resnet34"), Stpm(taps=("layer2",)))}
+    assert len(described) == 3
+    assert base.settings_of(Stpm()) == {"backbone": "resnet18", "taps": ["layer1", "layer2", "layer3"]}
+
+
+def test_ways_of_turning_are_eight_different_ones_and_keep_the_pixels():
+    image = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+    found = [training.turn(image, way) for way in range(8)]
+    assert np.array_equal(found[0], image)
+    assert len({each.tobytes() for each in found}) == 8
+    for each in found:
+        assert np.array_equal(np.sort(each.reshape(-1, 3), 0), np.sort(image.reshape(-1, 3), 0))
+    assert {training.turn(image[:4], way).shape for way in range(4)} == {(4, 6, 3)}
+
+
+def test_a_turned_image_meets_the_features_of_the_teacher_of_that_image(teacher, pixels):
+    for budget in (training.CACHE_BYTES, 0):
+        images = TrainingSet(pixels[:3], SMALL, METHOD, teacher, "", turned=True)
+        if budget == 0:
+            images.cache = None
+        assert (len(images), images.ways) == (3, 8)
+        for index in (1, 3 * 5 + 2):
+            turned = training.turn(pixels[index % 3], index // 3)
+            wanted = METHOD.targets(teacher(torch.from_numpy(SMALL.normalise(turned))))
+            for found, each in zip(images.targets(np.array([index])), wanted, strict=True):
+                torch.testing.assert_close(found, each, atol=2e-3, rtol=1e-2)
+
+
+def test_turning_changes_what_is_learned_and_not_how_much(teacher, pixels, tmp_path):
+    plain = run(teacher, pixels, _made(tmp_path / "a"))
+    turned = run(teacher, pixels, _made(tmp_path / "b"), msgspec.structs.replace(RECIPE, turned=True))
+    again = run(teacher, pixels, _made(tmp_path / "c"), msgspec.structs.replace(RECIPE, turned=True))
+    assert turned.history == again.history
+    assert turned.history != plain.history
+    assert turned.history[-1].loss < turned.history[0].loss
+
+
+def test_bfloat16_learns_nearly_the_same(teacher, pixels, tmp_path):
+    exact = run(teacher, pixels, _made(tmp_path / "a"))
+    rounded = run(teacher, pixels, _made(tmp_path / "b"), msgspec.structs.replace(RECIPE, bfloat16=True))
+    assert rounded.history != exact.history
+    assert rounded.history[-1].loss == pytest.approx(exact.history[-1].loss, rel=0.05)
+    assert all(parameter.dtype == torch.float32 for parameter in rounded.student.parameters())
+
+
+def test_training_stops_when_the_held_out_has_settled(teacher, pixels, tmp_path, monkeypatch, capsys):
+    scores = iter([5.0, 3.0, 4.0, 3.5, 2.0, 1.0])
+    monkeypatch.setattr(training, "_validate", lambda *_: next(scores))
+    trained = run(teacher, pixels, tmp_path, msgspec.structs.replace(RECIPE, epochs=6, patience=2))
+    assert [epoch.validation for epoch in trained.history] == [5.0, 3.0, 4.0, 3.5]
+    assert trained.best_epoch == 2
+    assert "stopped after epoch 4" in capsys.readouterr().out
+
+
+def test_the_expected_end_is_told_after_the_first_epoch(teacher, pixels, tmp_path, capsys):
+    run(teacher, pixels, tmp_path)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.match(r"epoch 1/3: loss .*, about \d+ min left, until \d\d:\d\d$", first)
+
+
+def test_the_learning_curve_is_a_picture_of_all_epochs():
+    picture = learning_curve([(2.0, 0.5), (1.0, 0.2), (0.5, 0.3)], 2)
+    image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
+    assert image.shape == (480, 960, 3)
+    other = learning_curve([(2.0, 0.5), (1.0, 0.2), (0.9, 0.3)], 2)
+    assert other != picture

@@ -46,8 +46,7 @@ Settings = dict[str, str | int | float | list[str]]
 
 def settings_of(method: Method) -> Settings:
     """What there is to choose about it, and how it was."""
-    settings: Settings = msgspec.to_builtins(method)
-    return settings
+    return msgspec.json.decode(msgspec.json.encode(method), type=Settings)
 
 
 def described(method: Method) -> dict[str, str]:
