@@ -110,12 +110,12 @@ class AtGate:
 
     def not_switched(self, id: int, active: bool, reason: str, now_ns: int) -> None:
         newest = bool(self._edges) and (id, active) == next(reversed(self._edges))
-        self._edges.pop((id, active), None)
+        edge = self._edges.pop((id, active), None)
         self._counts.gates["not switched"] += 1
         sentence = f"the gate was not switched {'on' if active else 'off'}: {reason}"
-        if self._rejects(active):
+        if self._rejects(active) and (newest or edge is None or edge.rejects):
             self._may_have_passed(sentence)
-        else:  # only costs a good part
+        else:  # it only costs a good part, or nothing was in front of the gate before the next edge
             self._told.alarm(sentence)
         if newest:
             self._gate.not_switched(now_ns)
@@ -144,8 +144,7 @@ class AtGate:
             self._gate.abandon()
         elif encoder is not None and self._health.settle("encoder"):
             self._told.event("state", "the encoder is heard again")
-        idle = not inspects and not self.waiting
-        self._gate.hold(self._health.state not in plc.PASSING or idle, now_ns)
+        self._gate.hold(self._health.state not in plc.PASSING, now_ns, idle=not inspects)
         for edge in self._gate.edges(now_ns):
             self._edges[edge.part, edge.active] = edge
             self._told.post(plc.Gate(edge.part, edge.active))

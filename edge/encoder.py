@@ -8,7 +8,8 @@ import bisect
 from collections import deque
 
 WRAP = 1 << 32
-# so much faster than ever before a belt may become between two reads; until it has moved, the whole way is the limit
+# so much faster than ever before a belt may become between two reads; until it has gone the way once, and so has shown
+# its speed, the whole way is the limit
 FASTER = 4
 # what does not matter: this share of the way, and the few counts by which an encoder swings at a standstill
 SHARE, LEAST = 0.02, 4
@@ -20,6 +21,7 @@ class Encoder:
     def __init__(self, timeout_ns: int, way: int) -> None:
         self._timeout_ns, self.way = timeout_ns, way
         self._fastest = 0.0  # counts per ns
+        self._began = 0
         self._samples: deque[tuple[int, int]] = deque(maxlen=64)  # (at_ns, count without wraps)
         self._furthest = 0
         self.moved_ns = -1  # when the count last changed
@@ -48,12 +50,14 @@ class Encoder:
 
     def _begin(self, at_ns: int, count: int) -> None:
         self._samples.append((at_ns, count))
-        self._furthest, self.moved_ns = count, at_ns
+        self._began = self._furthest = count
+        self.moved_ns, self._fastest = at_ns, 0.0
 
     def _implausible(self, step: int, in_ns: int, last: int) -> str:
         unimportant = max(SHARE * self.way, LEAST)
-        expected = FASTER * self._fastest * in_ns if self._fastest else self.way
-        if step > max(unimportant, expected):
+        known = self._furthest - self._began >= self.way
+        expected = FASTER * self._fastest * in_ns
+        if step > max(unimportant if known else self.way, expected):
             return f"the encoder jumped by {step} counts between two reads"
         back = self._furthest - (last + step)
         if back > unimportant:
@@ -77,11 +81,20 @@ class Encoder:
         return a + (b - a) * (ns - a_ns) / (b_ns - a_ns)
 
     def time_of(self, count: float) -> int | None:
-        """When the encoder passes `count`, at the speed of the newest samples; None while it stands or runs back."""
+        """When the encoder passes `count`, at the speed of the newest samples; when it has passed it, between the two
+        samples around it. None while it stands or runs back."""
         if len(self._samples) < 2:
             return None
+        if count <= self._samples[-1][1]:
+            return self._passed(count)
         back = max(-len(self._samples), -4)
         (a_ns, a), (b_ns, b) = self._samples[back], self._samples[-1]
-        if b <= a:
-            return b_ns if count <= b else None
-        return b_ns + round((count - b) * (b_ns - a_ns) / (b - a))
+        return b_ns + round((count - b) * (b_ns - a_ns) / (b - a)) if b > a else None
+
+    def _passed(self, count: float) -> int:
+        after_ns, after = self._samples[-1]
+        for before_ns, before in reversed(list(self._samples)[:-1]):
+            if before < count <= after:
+                return before_ns + round((count - before) * (after_ns - before_ns) / (after - before))
+            after_ns, after = before_ns, before
+        return after_ns  # before everything that is kept

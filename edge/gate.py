@@ -29,6 +29,7 @@ class Edge:
     part: int
     active: bool
     due_ns: int
+    rejects: bool = True  # something is to be rejected at that moment; otherwise nothing is in front of the gate
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Gate:
         self._windows: list[Window] = []
         self._active: bool | None = False  # every link opens with its output off; None: not known
         self._again_ns = 0
-        self._held = True
+        self._held = self._rests = True
+        self._idle = False
         self._unseen: Window | None = None  # of the last part that may have gone past the camera unseen
         self._abandoned = False
 
@@ -98,17 +100,19 @@ class Gate:
         """The newest edge did not get through: it is given again after a moment."""
         self._active, self._again_ns = None, now_ns + AGAIN_NS
 
-    def hold(self, held: bool, now_ns: int) -> None:
-        """Reject whatever comes (FAULT, not ready yet), or work.
+    def hold(self, held: bool, now_ns: int, idle: bool = False) -> None:
+        """Reject whatever comes (FAULT, not ready yet), or work. `idle`: nothing is inspected any more, so reject once
+        those on the way are gone.
 
         With polarity reject, parts that went past meanwhile without a window would pass after that, and with any after
         `abandon`: everything is rejected until they are gone.
         """
-        if self._held and not held and (self._abandoned or self._settings.polarity == "reject"):
+        rests = held or (idle and not self._windows)
+        if self._rests and not rests and (self._abandoned or self._settings.polarity == "reject"):
             self._unseen = Window(0, now_ns, self._delay, 0)
-        if held:
+        if rests:
             self._unseen = None
-        self._held = held
+        self._held, self._idle, self._rests = held, idle, rests
 
     def abandon(self) -> None:
         """Nobody knows any more where the parts on the way are: it is held, all of them are rejected, and so is what
@@ -142,6 +146,7 @@ class Gate:
         last: tuple[int, int] | None = None  # (when, part) of the newest change
         for window in self._windows:
             if window.ends_ns is None and window.due_ns is not None and window.due_ns <= now_ns:
+                window.passes = window.passes and not self._held  # for good: what is told of it must stay true
                 window.ends_ns = self._end_of(window, window.due_ns, now_ns)
                 last = max(last or (0, 0), (window.due_ns, window.id))
                 self._decided(window.part, self._outcome(window, now_ns))
@@ -153,7 +158,7 @@ class Gate:
             return []
         self._active = wanted
         when, part = last or (now_ns, 0)
-        return [Edge(part, wanted, when)]
+        return [Edge(part, wanted, when, self._held or self._rejects(now_ns))]
 
     def _end_of(self, window: Window, due_ns: int, now_ns: int) -> int:
         """A reject that begins late is not the shorter for it; a pass is."""
@@ -167,7 +172,7 @@ class Gate:
         return "missed" if past and self._settings.polarity == "reject" and not self._held else "rejected"
 
     def _level(self, now_ns: int) -> bool:
-        if self._held:
+        if self._held or (self._idle and not self._windows):
             return self._settings.safe
         rejecting = self._rejects(now_ns)
         if self._settings.polarity == "reject":

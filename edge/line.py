@@ -107,7 +107,9 @@ class Line:
             why = "inspection is not enabled" if not self.enabled else "the line is not ready, or stops"
             why = why if self._triggered else 'camera.trigger is not "software"'
             self.journal.event("plc", f"a trigger was ignored: {why}")
-            if number is None and self._triggered and not stopping:
+            if number is not None:
+                self._trigger_number = number  # the next one is no gap
+            elif self._triggered and not stopping:
                 self._out_of_step("a trigger without a number came while inspection was not enabled")
             return
         self._unnumbered = number is None
@@ -239,7 +241,7 @@ class Line:
                 self._late(part, now_ns)
         self._work(now_ns)
         self._listen(now_ns)
-        self.gate.tick(now_ns, self.enabled and not (self.finishing and not self._open))
+        self.gate.tick(now_ns, self.enabled and not self.finishing)
         self._announce()
         if now_ns >= self._next_beat_ns:
             counts = self.counts

@@ -335,3 +335,28 @@ def test_a_lost_encoder_is_looked_at_where_a_part_may_have_passed():
     bench.tick(10)
     assert bench.line.health.state == "FAULT"
     assert "encoder" in bench.line.health.conditions
+
+
+def test_after_the_last_part_nothing_passes_though_its_verdict_is_still_awaited():
+    bench = gated(gate__polarity="reject", parts__limit=1, parts__deadline_ms=500)
+    bench.frame()
+    levels = level_over(bench, 300)  # the verdict comes after its place in front of the gate
+    assert all(levels[100:])
+
+
+@pytest.mark.parametrize(("between", "fault"), [(False, False), (True, True)])
+def test_an_edge_that_was_overtaken_is_a_fault_only_where_something_was_to_be_rejected(between, fault):
+    """Two passed parts follow each other closely, with nothing or with a rejected part between them."""
+    bench = gated(gate__polarity="accept")
+    bench.link.switches = False
+    for ms, score in ((0, 0.1), (22, 0.9), (44, 0.1)):
+        bench.tick(ms - bench.ms)
+        if between or score < 0.5:
+            bench.frame()
+            bench.answer(score)
+    level_over(bench, 110)
+    bench.line.link_event(
+        plc.Unswitched(1 if not between else 2, False, bench.now, "overtaken by a later edge"), bench.now
+    )
+    bench.tick()
+    assert bench.line.health.faulty == fault

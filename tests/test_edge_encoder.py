@@ -66,14 +66,14 @@ def test_a_belt_that_runs_wraps_stands_swings_or_runs_fast_is_believed(counts):
 @pytest.mark.parametrize(
     ("last", "sentence"),
     # the belt runs by 10 from read to read: the way is 1000, and a jump within it is one too
-    [(0, "ran back"), (900, "ran back"), (1400, "jumped"), (2500, "jumped"), (1 << 31, "jumped|ran back")],
+    [(0, "ran back"), (1900, "ran back"), (2400, "jumped"), (3500, "jumped"), (1 << 31, "jumped|ran back")],
 )
 def test_a_counter_that_is_set_back_or_jumps_is_told_once_and_counts_from_there(last, sentence):
-    encoder, said = fed([*range(0, 1000, 10), last, last + 10, last + 20])
-    assert [bool(each) for each in said] == [False] * 100 + [True, False, False]
-    assert any(word in said[100] for word in sentence.split("|"))
-    assert encoder.count_at(102 * 10 * MS) == last + 20
-    assert encoder.time_of(last + 30) == 103 * 10 * MS
+    encoder, said = fed([*range(0, 2000, 10), last, last + 10, last + 20])
+    assert [bool(each) for each in said] == [False] * 200 + [True, False, False]
+    assert any(word in said[200] for word in sentence.split("|"))
+    assert encoder.count_at(202 * 10 * MS) == last + 20
+    assert encoder.time_of(last + 30) == 203 * 10 * MS
 
 
 def test_running_back_by_little_steps_is_noticed_before_it_matters():
@@ -92,3 +92,21 @@ def test_on_a_short_way_an_encoder_may_still_swing():
     encoder = Encoder(200 * MS, 10)
     assert not any(encoder.add(ms * MS, count) for ms, count in enumerate((5, 8, 4, 8, 5)))
     assert encoder.add(10 * MS, 3)
+
+
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_a_belt_that_begins_with_a_wobble_is_believed_at_full_speed(first):
+    assert not any(fed([0, 0, first, *range(first + 40, 5000, 40)], 20)[1])
+
+
+def test_after_a_jump_the_belt_shows_its_speed_anew():
+    said = fed([*range(0, 3000, 10), 5000, *range(5040, 9000, 40)])[1]
+    assert [step for step, each in enumerate(said) if each] == [300]
+
+
+def test_what_is_passed_was_passed_between_the_two_counts_around_it():
+    """The belt has stood, and has just started."""
+    encoder = fed([95, 95, 95, 95, 135], 20)[0]
+    assert encoder.time_of(100) == (60 + 20 * 5 / 40) * MS
+    assert encoder.time_of(90) == 0
+    assert encoder.time_of(145) > 80 * MS

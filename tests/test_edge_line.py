@@ -446,6 +446,19 @@ def test_a_trigger_without_a_number_that_is_ignored_shifts_all_later_ones():
     assert bench.link.states[-1] == "READY"
 
 
+def test_numbered_triggers_that_were_ignored_are_no_gap():
+    bench = triggered(plc__enable=True)
+    for on, numbers in ((True, [100]), (False, [101, 102]), (True, [103])):
+        bench.line.link_event(plc.Enabled(bench.now, on), bench.now)
+        for number in numbers:
+            bench.trigger(number)
+        if on:
+            bench.frame(trigger=bench.taken[-1])
+            bench.answer()
+    assert bench.link.verdicts == [(100, "PASS"), (103, "PASS")]
+    assert bench.line.health.state == "RUNNING"
+
+
 def test_what_is_open_when_missed_is_cleared_gets_its_outcome_before_that():
     bench = triggered()
     bench.trigger()
