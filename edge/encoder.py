@@ -8,9 +8,11 @@ import bisect
 from collections import deque
 
 WRAP = 1 << 32
-# so much faster than ever before a belt may become between two reads; until it has gone the way once, and so has shown
-# its speed, the whole way is the limit
-FASTER = 4
+# so much faster than ever before a belt may become, and a count may be late by the timeout; until the belt has gone
+# the way once, and so has shown its speed, the whole way is the limit
+FASTER = 2
+# speeds are taken over so many counts, because each may have waited on its way here
+SPAN = 16
 # what does not matter: this share of the way, and the few counts by which an encoder swings at a standstill
 SHARE, LEAST = 0.02, 4
 
@@ -32,7 +34,7 @@ class Encoder:
             self._begin(at_ns, count)
             return ""
         last_ns, last = self._samples[-1]
-        if at_ns <= last_ns:
+        if at_ns < last_ns:
             return ""
         step = (count - last) % WRAP  # the shorter way round
         step = step if step < WRAP // 2 else step - WRAP
@@ -43,9 +45,13 @@ class Encoder:
             return problem
         if step:
             self.moved_ns = at_ns
-            self._fastest = max(self._fastest, step / (at_ns - last_ns))
+        if at_ns == last_ns:  # several came together, and the newest is where the belt is
+            self._samples.pop()
         self._samples.append((at_ns, last + step))
         self._furthest = max(self._furthest, last + step)
+        since_ns, since = self._samples[max(-len(self._samples), -SPAN)]
+        if at_ns > since_ns:
+            self._fastest = max(self._fastest, (last + step - since) / (at_ns - since_ns))
         return ""
 
     def _begin(self, at_ns: int, count: int) -> None:
@@ -56,7 +62,7 @@ class Encoder:
     def _implausible(self, step: int, in_ns: int, last: int) -> str:
         unimportant = max(SHARE * self.way, LEAST)
         known = self._furthest - self._began >= self.way
-        expected = FASTER * self._fastest * in_ns
+        expected = FASTER * self._fastest * (in_ns + self._timeout_ns)
         if step > max(unimportant if known else self.way, expected):
             return f"the encoder jumped by {step} counts between two reads"
         back = self._furthest - (last + step)

@@ -144,7 +144,7 @@ def test_a_bad_moment_of_the_plc_does_not_keep_the_gate_open(station):
     heard = opened(bench)
     bench.plc.refuse = ExcCodes.DEVICE_BUSY
     heard.alive = False
-    assert "tries to put" in heard.one(GateReleased).sentence
+    assert "puts" in heard.one(GateReleased).sentence
     assert bench.output()
     bench.plc.writes.clear()
     bench.plc.refuse = None
@@ -160,7 +160,7 @@ def test_a_port_that_comes_back_after_the_line_has_hung_does_not_open_the_gate(s
     bench.cable.unplug()
     heard.alive = False
     heard.one(Disconnected)
-    assert "tries to put" in heard.one(GateReleased).sentence
+    assert "puts" in heard.one(GateReleased).sentence
     levels = bench.plc.gate.levels if protocol == "ascii" else bench.plc.program.gate
     before = len(levels)
     bench.cable.plug()
