@@ -363,6 +363,12 @@ class Line:
 
     def _got_frame(self, part: Part, frame: FrameReady, now_ns: int) -> None:
         part.frame, part.arrived_ns = frame, now_ns
+        waited_ns = frame.captured_ns - part.began_ns
+        if waited_ns > self._deadline_ns / 2:  # only a triggered picture can be later than its part
+            sentence = f"its picture was taken {waited_ns / MS:.0f} ms after the trigger, and may show another part"
+            self._judge(part, judge(None, 0, sentence), now_ns)
+            self._give_back(part)
+            return
         self.gate.captured(part, frame.captured_ns)
         if frame.problem or frame.slot is None:
             self._judge(part, judge(None, 0, frame.problem or "the frame could not be kept"), now_ns)

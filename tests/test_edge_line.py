@@ -327,7 +327,7 @@ def test_the_deadline_runs_from_the_trigger_and_a_late_frame_does_not_prolong_it
     bench = triggered(parts__deadline_ms=100)
     bench.trigger()
     bench.tick(90)
-    bench.frame(trigger=bench.taken[0])
+    bench.frame(trigger=bench.taken[0], age_ms=60)
     bench.tick(11)
     assert bench.link.verdicts == [(1, "UNKNOWN")]
     bench.answer(0.1)
@@ -444,6 +444,18 @@ def test_a_trigger_without_a_number_that_is_ignored_shifts_all_later_ones():
     bench.trigger(4)
     bench.tick()
     assert bench.link.states[-1] == "READY"
+
+
+@pytest.mark.parametrize(("waited_ms", "verdict"), [(49, "PASS"), (51, "UNKNOWN")])
+def test_a_picture_long_after_its_trigger_may_show_another_part(waited_ms, verdict):
+    bench = triggered(parts__deadline_ms=100)
+    bench.trigger(1)
+    bench.tick(waited_ms)
+    bench.frame(trigger=bench.taken[-1])
+    if bench.engines.asked:
+        bench.answer(0.1)
+    assert bench.link.verdicts == [(1, verdict)]
+    bench.settled()
 
 
 def test_numbered_triggers_that_were_ignored_are_no_gap():
