@@ -9,7 +9,7 @@ figures themselves stay exact (metrics.py).
 import cv2
 import numpy as np
 
-from stpm.calibration.metrics import FPR_LIMIT, Bools, Floats
+from stpm.calibration.metrics import FPR_LIMIT, Bools, Floats, mean_up_to
 
 DRAWS = 1000
 SHARE = 0.95
@@ -80,13 +80,8 @@ def _area(x: Floats, y: Floats) -> Floats:
 
 
 def _area_up_to(x: Floats, y: Floats, limit: float) -> Floats:
-    x, y = _from_zero(x), _from_zero(y)
-    areas = np.empty(len(x))
-    for index, (curve_x, curve_y) in enumerate(zip(x, y, strict=True)):
-        inside = curve_x <= limit
-        end = np.interp(limit, curve_x, curve_y)
-        areas[index] = np.trapezoid(np.append(curve_y[inside], end), np.append(curve_x[inside], limit)) / limit
-    return areas
+    curves = zip(_from_zero(x), _from_zero(y), strict=True)
+    return np.array([mean_up_to(curve_x, curve_y, limit) for curve_x, curve_y in curves])
 
 
 def _from_zero(cumulated: Floats) -> Floats:

@@ -22,11 +22,14 @@ def aupro(maps: Floats, masks: Bools, limit: float = FPR_LIMIT) -> float | None:
     curve = pro(maps, masks)
     if curve is None:
         return None
-    false_positive, overlap = curve
-    inside = false_positive <= limit
-    x = np.append(false_positive[inside], limit)
-    y = np.append(overlap[inside], np.interp(limit, false_positive, overlap))
-    return float(np.trapezoid(y, x) / limit)
+    return mean_up_to(*curve, limit)
+
+
+def mean_up_to(x: Floats, y: Floats, limit: float) -> float:
+    """Area under a curve from 0 to `limit`, divided by it."""
+    inside = x <= limit
+    end = np.interp(limit, x, y)
+    return float(np.trapezoid(np.append(y[inside], end), np.append(x[inside], limit)) / limit)
 
 
 def f1_max(scores: Floats, positive: Bools) -> tuple[float, float] | None:

@@ -236,8 +236,8 @@ class Line:
 
     def tick(self, now_ns: int) -> None:
         """Everything that is due by now."""
-        for part in [*self._asked.values(), *self._queue, *self._awaiting.values()]:
-            if part.verdict is None and now_ns - part.began_ns > self._deadline_ns:
+        for part in self._undecided:
+            if now_ns - part.began_ns > self._deadline_ns:
                 self._late(part, now_ns)
         self._work(now_ns)
         self._listen(now_ns)
@@ -250,8 +250,7 @@ class Line:
 
     def due_ns(self) -> int:
         """When `tick` has something to do next, as far as it is known now."""
-        waiting = [*self._awaiting.values(), *self._queue, *self._asked.values()]
-        times = [part.began_ns + self._deadline_ns + 1 for part in waiting if part.verdict is None]
+        times = [part.began_ns + self._deadline_ns + 1 for part in self._undecided]
         gate = self.gate.due_ns()
         return min([self._next_beat_ns, *times, *([gate] if gate is not None else [])])
 
@@ -280,18 +279,20 @@ class Line:
     @property
     def finishing(self) -> bool:
         limit = self.station.parts.limit
-        return self.ended or (limit is not None and self.counts.judged + self._open >= limit)
+        return self.ended or (limit is not None and self.counts.judged + len(self._undecided) >= limit)
 
     @property
     def finished(self) -> bool:
         """The last part has its outcome: no frame will come, and no part is open anywhere."""
-        return self.finishing and not (self._open or self._newest or self._sent or self.gate.waiting)
+        return self.finishing and not (self._undecided or self._newest or self._sent or self.gate.waiting)
 
     # --- from trigger to verdict
 
     @property
-    def _open(self) -> int:
-        return sum(part.verdict is None for part in [*self._awaiting.values(), *self._queue, *self._asked.values()])
+    def _undecided(self) -> list[Part]:
+        """The parts that have begun and have no verdict."""
+        begun = [*self._asked.values(), *self._queue, *self._awaiting.values()]
+        return [part for part in begun if part.verdict is None]
 
     def _new_part(self, began_ns: int, number: int | None = None) -> Part:
         self._key += 1
@@ -326,7 +327,7 @@ class Line:
         self._out_of_step(sentence)
 
     def _end_open(self, sentence: str, now_ns: int) -> None:
-        for part in [*self._asked.values(), *self._queue, *self._awaiting.values()]:
+        for part in self._undecided:
             self._judge(part, judge(None, 0, sentence), now_ns)
 
     def _lost_line(self, what: str, now_ns: int) -> None:
