@@ -26,7 +26,9 @@ from stpm.calibration.fp16 import to_fp16
 from stpm.calibration.qdq import activations, convolutions, quantise
 from stpm.edge.bundle import Bundle, open_bundle
 from stpm.edge.preprocess import Preprocess
+from stpm.tools.cable import PtyCable
 from stpm.tools.parts import write_dataset
+from stpm.tools.plc_sim import PtyPlc
 
 # tqdm's monitor thread lives as long as the process
 tqdm.monitor_interval = 0
@@ -158,6 +160,20 @@ def small_disk(tmp_path):
         count.unlink()
     gc.collect()  # OpenVINO closes the file that it could not finish when the error is forgotten
     subprocess.run(["umount", str(point)], check=True)
+
+
+@pytest.fixture
+def cable():
+    """A serial cable between the line (`ours`) and a PLC (`theirs`)."""
+    with PtyCable() as cable:
+        yield cable
+
+
+@pytest.fixture
+def plc(cable):
+    """A PLC that speaks the ASCII protocol, at the other end of it."""
+    with PtyPlc(device=cable.theirs) as plc:
+        yield plc
 
 
 @pytest.fixture

@@ -37,21 +37,8 @@ from stpm.edge.plc.messages import (
 from stpm.edge.plc.protocol import encode
 from stpm.edge.plc.serial_port import adapter_notes
 from stpm.edge.plc.settings import PlcSettings
-from stpm.tools.cable import PtyCable
 from stpm.tools.plc_modbus import wait_until
 from stpm.tools.plc_sim import PtyPlc
-
-
-@pytest.fixture
-def cable():
-    with PtyCable() as cable:
-        yield cable
-
-
-@pytest.fixture
-def plc(cable):
-    with PtyPlc(device=cable.theirs) as plc:
-        yield plc
 
 
 @pytest.fixture

@@ -36,16 +36,9 @@ from stpm.edge.plc.messages import (
 )
 from stpm.edge.plc.registers import Bit, read_status
 from stpm.edge.plc.settings import PlcSettings, RegisterMap, RemoteIo
-from stpm.tools.cable import PtyCable
 from stpm.tools.plc_modbus import MasterPlc, Program, SlavePlc, wait_until
 
 KINDS = {"modbus-master": SlavePlc, "modbus-slave": MasterPlc}
-
-
-@pytest.fixture
-def cable():
-    with PtyCable() as cable:
-        yield cable
 
 
 @pytest.fixture

@@ -30,9 +30,7 @@ from stpm.edge.plc.messages import (
 from stpm.edge.plc.outbox import Outbox
 from stpm.edge.plc.serial_port import LineTime, character_s
 from stpm.edge.plc.settings import PlcSettings
-from stpm.tools.cable import PtyCable
 from stpm.tools.plc_modbus import wait_until
-from stpm.tools.plc_sim import PtyPlc
 
 MS = 1_000_000
 SECOND = 1_000 * MS
@@ -134,18 +132,6 @@ def test_no_noise_is_forgotten_at_the_end():
     inbox.give_up(3 * MS, "the link is closed")
     assert sum(each.count for each in inbox.take()) == 3
     inbox.close()
-
-
-@pytest.fixture
-def cable():
-    with PtyCable() as cable:
-        yield cable
-
-
-@pytest.fixture
-def plc(cable):
-    with PtyPlc(device=cable.theirs) as plc:
-        yield plc
 
 
 @pytest.fixture
