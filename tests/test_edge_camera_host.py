@@ -17,7 +17,7 @@ from stpm.edge.ring import Ring
 
 @contextmanager
 def hosted(source, **settings):
-    ring = Ring(8)
+    ring = Ring(64)  # what a network camera has queued while it was being opened comes at once
     host = CameraHost(CameraSettings(source=source, **settings), ring)
     try:
         yield host, ring
