@@ -1,11 +1,12 @@
 """The parts on their way to the gate: their places, the edges that the link is asked for, and what must not stay
 unknown when one of these goes wrong. No I/O; the time is passed in."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from stpm.edge.config import GateSettings
 from stpm.edge.errors import PlcError
-from stpm.edge.gate import MS, Edge, Gate
+from stpm.edge.gate import MS, Gate
 from stpm.edge.health import Health
 from stpm.edge.latency import Latency
 from stpm.edge.parts import Counts, Part
@@ -30,13 +31,21 @@ class Told(Protocol):
         """`part.gate` says what became of it."""
 
 
+@dataclass
+class Asked:
+    """An edge that the link has not answered."""
+
+    due_ns: int
+    rejects: bool = False  # something had to be rejected while no newer one was wanted
+
+
 class AtGate:
     def __init__(self, settings: GateSettings, health: Health, counts: Counts, latency: Latency, told: Told) -> None:
         self._settings, self._health, self._counts, self._latency = settings, health, counts, latency
         self._told = told
         self._gate = Gate(settings, self._decided)
         self._parts: dict[int, Part] = {}  # by key
-        self._edges: dict[tuple[int, bool], Edge] = {}  # on the link
+        self._asked: dict[tuple[int, bool], Asked] = {}  # on the link, the newest last
         self._triggered_ns = -1
         self._at_one_place = 0
 
@@ -98,7 +107,7 @@ class AtGate:
         self._told.event("plc", f"gate times set: delay {delay}, pulse {pulse_ms} ms; 0 is what the station says")
 
     def switched(self, id: int, active: bool, at_ns: int) -> None:
-        edge = self._edges.pop((id, active), None)
+        edge = self._asked.pop((id, active), None)
         if edge is None:
             return
         late_ns = at_ns - edge.due_ns
@@ -109,11 +118,11 @@ class AtGate:
             self._may_have_passed(f"the gate was switched {'on' if active else 'off'} {late_ns / MS:.0f} ms late")
 
     def not_switched(self, id: int, active: bool, reason: str, now_ns: int) -> None:
-        newest = bool(self._edges) and (id, active) == next(reversed(self._edges))
-        edge = self._edges.pop((id, active), None)
+        newest = (id, active) not in self._asked or (id, active) == next(reversed(self._asked))
+        edge = self._asked.pop((id, active), Asked(now_ns, rejects=True))
         self._counts.gates["not switched"] += 1
         sentence = f"the gate was not switched {'on' if active else 'off'}: {reason}"
-        if self._rejects(active) and (newest or edge is None or edge.rejects):
+        if self._rejects(active) and (newest or edge.rejects):
             self._may_have_passed(sentence)
         else:  # it only costs a good part, or nothing was in front of the gate before the next edge
             self._told.alarm(sentence)
@@ -146,8 +155,11 @@ class AtGate:
             self._told.event("state", "the encoder is heard again")
         self._gate.hold(self._health.state not in plc.PASSING, now_ns, idle=not inspects)
         for edge in self._gate.edges(now_ns):
-            self._edges[edge.part, edge.active] = edge
+            self._asked.pop((edge.part, edge.active), None)
+            self._asked[edge.part, edge.active] = Asked(edge.due_ns)
             self._told.post(plc.Gate(edge.part, edge.active))
+        if self._asked and self._gate.rejects(now_ns):
+            self._asked[next(reversed(self._asked))].rejects = True
 
     def due_ns(self) -> int | None:
         return self._gate.due_ns() if self.used else None

@@ -29,7 +29,6 @@ class Edge:
     part: int
     active: bool
     due_ns: int
-    rejects: bool = True  # something is to be rejected at that moment; otherwise nothing is in front of the gate
 
 
 @dataclass
@@ -62,8 +61,7 @@ class Gate:
         self._windows: list[Window] = []
         self._active: bool | None = False  # every link opens with its output off; None: not known
         self._again_ns = 0
-        self._held = self._rests = True
-        self._idle = False
+        self._held, self._idle = True, False
         self._unseen: Window | None = None  # of the last part that may have gone past the camera unseen
         self._abandoned = False
 
@@ -104,15 +102,14 @@ class Gate:
         """Reject whatever comes (FAULT, not ready yet), or work. `idle`: nothing is inspected any more, so reject once
         those on the way are gone.
 
-        With polarity reject, parts that went past meanwhile without a window would pass after that, and with any after
-        `abandon`: everything is rejected until they are gone.
+        With polarity reject, parts that went past the camera meanwhile would pass after that for want of a window, and
+        with any polarity after `abandon`: everything is rejected until they are gone.
         """
-        rests = held or (idle and not self._windows)
-        if self._rests and not rests and (self._abandoned or self._settings.polarity == "reject"):
+        was_blind, self._held, self._idle = self._held or self._idle, held, idle
+        if was_blind and not (held or idle) and (self._abandoned or self._settings.polarity == "reject"):
             self._unseen = Window(0, now_ns, self._delay, 0)
-        if rests:
+        elif self._rests:
             self._unseen = None
-        self._held, self._idle, self._rests = held, idle, rests
 
     def abandon(self) -> None:
         """Nobody knows any more where the parts on the way are: it is held, all of them are rejected, and so is what
@@ -123,6 +120,11 @@ class Gate:
             if window.ends_ns is None:
                 self._decided(window.part, "rejected")
         self._abandoned = self._abandoned or bool(gone)
+
+    @property
+    def _rests(self) -> bool:
+        """Nothing passes, whatever comes."""
+        return self._held or (self._idle and not self._windows)
 
     @property
     def waiting(self) -> int:
@@ -158,7 +160,11 @@ class Gate:
             return []
         self._active = wanted
         when, part = last or (now_ns, 0)
-        return [Edge(part, wanted, when, self._held or self._rejects(now_ns))]
+        return [Edge(part, wanted, when)]
+
+    def rejects(self, now_ns: int) -> bool:
+        """Whether something in front of the gate is to be rejected now; otherwise that is passed, or nothing."""
+        return self._held or self._rejects(now_ns)
 
     def _end_of(self, window: Window, due_ns: int, now_ns: int) -> int:
         """A reject that begins late is not the shorter for it; a pass is."""
@@ -172,7 +178,7 @@ class Gate:
         return "missed" if past and self._settings.polarity == "reject" and not self._held else "rejected"
 
     def _level(self, now_ns: int) -> bool:
-        if self._held or (self._idle and not self._windows):
+        if self._rests:
             return self._settings.safe
         rejecting = self._rejects(now_ns)
         if self._settings.polarity == "reject":

@@ -344,19 +344,84 @@ def test_after_the_last_part_nothing_passes_though_its_verdict_is_still_awaited(
     assert all(levels[100:])
 
 
-@pytest.mark.parametrize(("between", "fault"), [(False, False), (True, True)])
-def test_an_edge_that_was_overtaken_is_a_fault_only_where_something_was_to_be_rejected(between, fault):
-    """Two passed parts follow each other closely, with nothing or with a rejected part between them."""
+@pytest.mark.parametrize(
+    ("between", "after_ms", "fault"),
+    [("nothing", 22, False), ("a reject", 22, True), ("a FAULT", 22, True), ("a reject", 15, True)],
+)
+def test_an_edge_that_was_overtaken_is_a_fault_only_where_something_was_to_be_rejected(between, after_ms, fault):
+    """Two passed parts follow each other closely, with nothing, a rejected part or a FAULT between them."""
     bench = gated(gate__polarity="accept")
     bench.link.switches = False
-    for ms, score in ((0, 0.1), (22, 0.9), (44, 0.1)):
+    for ms, score in ((0, 0.1), (after_ms, 0.9), (after_ms + 22, 0.1)):
         bench.tick(ms - bench.ms)
-        if between or score < 0.5:
+        if between == "a reject" or score < 0.5:
             bench.frame()
             bench.answer(score)
-    level_over(bench, 110)
-    bench.line.link_event(
-        plc.Unswitched(1 if not between else 2, False, bench.now, "overtaken by a later edge"), bench.now
-    )
+
+    def stumble(ms):
+        if between == "a FAULT" and bench.ms == 125:
+            bench.line.health.fault("camera", "away")
+        else:
+            bench.line.health.settle("camera")
+
+    level_over(bench, 110, stumble)
+    edges = bench.link.of(plc.Gate)
+    assert [edge.active for edge in edges] == [True, False, True]
+    bench.line.link_event(plc.Unswitched(edges[1].id, False, bench.now, "overtaken by a later edge"), bench.now)
     bench.tick()
     assert bench.line.health.faulty == fault
+
+
+def test_the_newest_edge_that_was_not_switched_is_a_fault_though_nothing_is_to_be_rejected_yet():
+    """The output stays on, and the next part finds it so."""
+    bench = gated(gate__polarity="accept")
+    bench.link.switches = False
+    bench.frame()
+    bench.answer(0.1)
+    level_over(bench, 130)
+    bench.line.link_event(plc.Unswitched(1, False, bench.now, "no answer"), bench.now)
+    bench.tick()
+    assert bench.line.health.faulty
+
+
+def test_a_reject_that_ends_late_is_no_fault():
+    bench = gated(gate__polarity="reject")
+    bench.link.switches = False
+    bench.frame()
+    bench.answer(0.9)
+    level_over(bench, 125)
+    for active, at_ms in ((True, 100), (False, 120 + 30)):
+        bench.line.link_event(plc.Switched(1, active, at_ms * MS), bench.now)
+    bench.tick()
+    assert not bench.line.health.faulty
+
+
+def test_an_encoder_need_not_say_anything_before_the_line_is_ready():
+    bench = encoder_bench(gate__polarity="accept")
+    count(bench, 0)
+    bench.tick()
+    bench.line.health.phase = "SELF_TEST"
+    bench.tick(60)
+    assert "encoder" not in bench.line.health.conditions
+    bench.line.health.phase = "READY"
+    bench.tick()
+    assert "encoder" in bench.line.health.conditions
+
+
+def test_an_edge_of_no_part_that_was_asked_for_before_is_given_again_like_any_other():
+    bench = gated(gate__polarity="reject")
+    bench.link.switches = False
+    bench.link.posted.clear()
+    for ms in range(300):
+        if ms in (10, 200):
+            bench.line.health.fault("camera", "away")
+        elif ms == 20:
+            bench.line.health.settle("camera")
+        bench.tick(1)
+    edges = [(edge.id, edge.active) for edge in bench.link.of(plc.Gate)]
+    assert edges == [(0, True), (0, False), (0, True)]
+    bench.line.link_event(plc.Unswitched(0, True, bench.now, "no answer"), bench.now)
+    bench.tick(99)
+    assert len(bench.link.of(plc.Gate)) == 3
+    bench.tick(1)
+    assert bench.link.of(plc.Gate)[3:] == [plc.Gate(0, True)]

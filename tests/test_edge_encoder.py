@@ -103,12 +103,19 @@ def test_after_a_jump_the_belt_shows_its_speed_anew():
     assert [step for step, each in enumerate(said) if each] == [300]
 
 
+def test_after_a_jump_an_earlier_speed_excuses_no_further_one():
+    slow = range(10_001, 10_002 + WAY)
+    said = fed([*range(0, 3000, 100), 10_000, *slow, slow[-1] + 500])[1]
+    assert [step for step, each in enumerate(said) if each] == [30, len(said) - 1]
+
+
 def test_what_is_passed_was_passed_between_the_two_counts_around_it():
     """The belt has stood, and has just started."""
     encoder = fed([95, 95, 95, 95, 135], 20)[0]
     assert encoder.time_of(100) == (60 + 20 * 5 / 40) * MS
     assert encoder.time_of(90) == 0
     assert encoder.time_of(145) > 80 * MS
+    assert fed([90, 95, 95, 95, 135], 20)[0].time_of(95) == 20 * MS  # when it came there, not when it went on
 
 
 def test_counts_that_were_held_up_and_come_together_are_no_jump():

@@ -235,6 +235,39 @@ def test_after_a_fault_a_rejecting_gate_rejects_until_the_last_part_that_it_may_
     assert on(levels) == [(0, 50 + 100 + 20)]
 
 
+def test_what_came_while_nothing_was_inspected_is_rejected_though_parts_from_before_are_still_on_their_way():
+    bench = Bench(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20)
+    bench.gate.hold(False, LONG_AGO)
+    bench.gate.plan(1, 0)
+    bench.gate.decide(1, True)
+    levels = bench.run(300, at=lambda ms: bench.gate.hold(False, ms * MS, idle=20 <= ms < 40))
+    # what was in front of the camera until 40 is there until 160
+    assert on(levels) == [(40, 40 + 100 + 20)]
+    assert bench.decisions == {1: "rejected"}
+
+
+def test_unseen_parts_are_rejected_though_inspection_ends_while_they_are_on_their_way():
+    bench = Bench(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20)
+
+    def at(ms):
+        bench.gate.hold(ms < 50, ms * MS, idle=ms >= 100)
+        if ms == 60:
+            bench.gate.plan(1, ms * MS)
+            bench.gate.decide(1, True)
+
+    levels = bench.run(300, at=at)
+    # until 170 for the unseen, then for what the last part leaves, and from its end on nothing is inspected
+    assert on(levels) == [(0, 170), (180, 300)]
+
+
+def test_a_part_that_began_in_a_fault_does_not_pass_when_that_ends_in_front_of_the_gate():
+    bench = Bench(mode="delay", polarity="accept", delay_ms=100, pulse_ms=20)
+    bench.gate.plan(1, 0)
+    bench.gate.decide(1, True)
+    assert not any(bench.run(200, at=lambda ms: bench.gate.hold(95 < ms < 110, ms * MS)))
+    assert bench.decisions == {1: "rejected"}
+
+
 def test_after_a_fault_an_accepting_gate_passes_what_had_a_pass_before_it():
     bench = Bench(mode="delay", polarity="accept", delay_ms=100, pulse_ms=20)
     bench.gate.plan(1, 0)

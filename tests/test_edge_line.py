@@ -426,6 +426,15 @@ def test_the_first_trigger_may_be_the_one_that_was_lost(phase, number, fault):
     assert (bench.link.states[-1] == "FAULT") == fault
 
 
+def test_a_number_tells_that_the_damaged_line_before_it_was_no_trigger():
+    bench = triggered()
+    bench.line.link_event(plc.Garbage(bench.now, "a damaged line", lost=True), bench.now)
+    for number in (1, None):
+        bench.trigger(number)
+        bench.tick()
+        assert not bench.line.health.faulty
+
+
 def test_noise_is_in_the_journal_once_a_second():
     bench = triggered()
     for _ in range(50):
@@ -444,6 +453,18 @@ def test_a_trigger_without_a_number_that_is_ignored_shifts_all_later_ones():
     bench.trigger(4)
     bench.tick()
     assert bench.link.states[-1] == "READY"
+
+
+def test_a_trigger_that_means_nothing_here_shifts_none():
+    for bench in (Bench(camera__policy="every"), triggered()):
+        bench.line.stop()
+        bench.trigger()
+        bench.tick()
+        assert bench.line.counts.garbage == 1
+        assert not bench.line.health.faulty
+    bench = Bench(camera__policy="every")
+    bench.trigger()
+    assert not bench.line.health.faulty
 
 
 @pytest.mark.parametrize(("waited_ms", "verdict"), [(49, "PASS"), (51, "UNKNOWN")])
@@ -485,6 +506,16 @@ def test_what_is_open_when_missed_is_cleared_gets_its_outcome_before_that():
     bench.answer(0.1)  # changes nothing any more
     assert bench.link.verdicts == [(1, "UNKNOWN")]
     bench.settled()
+
+
+def test_a_part_that_is_open_when_something_else_is_cleared_keeps_its_verdict():
+    bench = triggered()
+    bench.trigger()
+    bench.frame(trigger=bench.taken[-1])
+    bench.line.health.fault("gate", "a part may have passed", 7, latched=True)
+    bench.line.clear("somebody", bench.now)
+    bench.answer(0.1)
+    assert bench.link.verdicts == [(1, "PASS")]
 
 
 def test_triggers_are_ignored_and_told_while_they_mean_nothing():
