@@ -99,7 +99,7 @@ class AtGate:
     def counted(self, at_ns: int, count: int) -> None:
         if self._gate.encoder is not None:
             problem = self._gate.encoder.add(at_ns, count)
-            if problem:
+            if problem and self._at_work:
                 self._lose_track(problem)
 
     def set_times(self, delay: int, pulse_ms: int) -> None:
@@ -145,10 +145,11 @@ class AtGate:
             return
         encoder = self._gate.encoder
         if encoder is not None and encoder.lost(now_ns):
-            at_work = self._health.phase in ("READY", "RUNNING")  # before, it need not have said anything yet
             # where the output was off while nobody knew what comes, somebody must look
             latched = self._settings.polarity == "reject" and self.waiting
-            if at_work and self._health.fault("encoder", "the encoder is not heard", PlcError.exit_code, latched):
+            if self._at_work and self._health.fault(
+                "encoder", "the encoder is not heard", PlcError.exit_code, latched
+            ):
                 self._told.alarm(f"the encoder is not heard: {self._lost}")
             self._gate.abandon()
         elif encoder is not None and self._health.settle("encoder"):
@@ -165,6 +166,11 @@ class AtGate:
         return self._gate.due_ns() if self.used else None
 
     # --- what goes wrong
+
+    @property
+    def _at_work(self) -> bool:
+        """Before, an encoder need not have said anything yet, and may begin anew."""
+        return self._health.phase in ("READY", "RUNNING")
 
     def _rejects(self, active: bool) -> bool:
         """Whether that edge begins to reject: a part passes where it does not come."""

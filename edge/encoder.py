@@ -51,7 +51,8 @@ class Encoder:
         self._furthest = max(self._furthest, last + step)
         since_ns, since = self._samples[max(-len(self._samples), -SPAN)]
         if at_ns > since_ns:
-            self._fastest = max(self._fastest, (last + step - since) / (at_ns - since_ns))
+            speed = (last + step - since) / (at_ns - since_ns)
+            self._fastest = max(self._fastest, speed) if len(self._samples) > SPAN else speed
         return ""
 
     def _begin(self, at_ns: int, count: int) -> None:

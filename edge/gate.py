@@ -20,6 +20,7 @@ from stpm.edge.encoder import Encoder
 
 MS = 1_000_000
 AGAIN_NS = 100 * MS  # between two attempts at an edge
+NEVER_NS = -(1 << 62)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ class Gate:
         self.set_times(0, 0)
         self._windows: list[Window] = []
         self._active: bool | None = False  # every link opens with its output off; None: not known
+        self._refused: bool | None = None  # this level did not get through, and waits until then
         self._again_ns = 0
         self._held, self._idle = True, False
+        self._held_ns = self._now_ns = NEVER_NS  # held since; as of
         self._unseen: Window | None = None  # of the last part that may have gone past the camera unseen
         self._abandoned = False
 
@@ -96,7 +99,7 @@ class Gate:
 
     def not_switched(self, now_ns: int) -> None:
         """The newest edge did not get through: it is given again after a moment."""
-        self._active, self._again_ns = None, now_ns + AGAIN_NS
+        self._refused, self._active, self._again_ns = self._active, None, now_ns + AGAIN_NS
 
     def hold(self, held: bool, now_ns: int, idle: bool = False) -> None:
         """Reject whatever comes (FAULT, not ready yet), or work. `idle`: nothing is inspected any more, so reject once
@@ -105,8 +108,11 @@ class Gate:
         With polarity reject, parts that went past the camera meanwhile would pass after that for want of a window, and
         with any polarity after `abandon`: everything is rejected until they are gone.
         """
-        was_blind, self._held, self._idle = self._held or self._idle, held, idle
-        if was_blind and not (held or idle) and (self._abandoned or self._settings.polarity == "reject"):
+        if held and not self._held:
+            self._held_ns = now_ns
+        works_again = (self._held and not held) or (self._idle and not idle)
+        self._held, self._idle, self._now_ns = held, idle, now_ns
+        if works_again and (self._abandoned or self._settings.polarity == "reject"):
             self._unseen = Window(0, now_ns, self._delay, 0)
         elif self._rests:
             self._unseen = None
@@ -114,7 +120,7 @@ class Gate:
     def abandon(self) -> None:
         """Nobody knows any more where the parts on the way are: it is held, all of them are rejected, and so is what
         comes while they may still be there."""
-        self.hold(True, 0)
+        self.hold(True, self._now_ns)
         gone, self._windows = self._windows, []
         for window in gone:
             if window.ends_ns is None:
@@ -156,7 +162,8 @@ class Gate:
             last = max(last or (0, 0), (window.ends_ns or 0, window.id))
             self._windows.remove(window)
         wanted = self._level(now_ns)
-        if wanted == self._active or (self._active is None and now_ns < self._again_ns):
+        refused = self._active is None and wanted == self._refused and now_ns < self._again_ns
+        if wanted == self._active or refused:
             return []
         self._active = wanted
         when, part = last or (now_ns, 0)
@@ -175,7 +182,9 @@ class Gate:
         past = window.ends_ns is not None and window.ends_ns <= now_ns
         if window.passes and not (self._held or past or self._rejects(now_ns)):
             return "passed"
-        return "missed" if past and self._settings.polarity == "reject" and not self._held else "rejected"
+        on_since_ns = self._held_ns if self._held else now_ns
+        missed = past and on_since_ns > (window.due_ns or 0) + self.pulse_ns / 2
+        return "missed" if missed and self._settings.polarity == "reject" else "rejected"
 
     def _level(self, now_ns: int) -> bool:
         if self._rests:

@@ -4,7 +4,7 @@ A *fault* means that no part can be passed safely: the state is FAULT until it i
 valid: the state is DEGRADED. A latched condition stays until somebody clears it, though its cause is gone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 PASSING = ("READY", "RUNNING", "DEGRADED")
@@ -74,6 +74,7 @@ class Health:
         return faults[0] if faults else 0
 
     def _set(self, name: str, condition: Condition) -> bool:
-        news = name not in self.conditions
-        self.conditions[name] = condition
-        return news
+        before = self.conditions.get(name)
+        latched = condition.latched or (before is not None and before.latched)
+        self.conditions[name] = replace(condition, latched=latched)
+        return before is None

@@ -80,7 +80,8 @@ class Line:
         self.ended = False  # no further frame will come
         self._deadline_ns = round(station.parts.deadline_ms * MS)
         self._expire_ns = round(station.plc.expire_ms * MS)
-        self._key = self._id = self._trigger_number = 0
+        self._key = self._id = 0
+        self._trigger_number = self._taken_number = 0  # of the last trigger, and of the last that became a part
         self._unnumbered = False  # triggers come without a number
         self._maybe_lost = ""  # what may have been the first of them
         self._noise_told_ns = 0
@@ -107,17 +108,21 @@ class Line:
             why = "inspection is not enabled" if not self.enabled else "the line is not ready, or stops"
             why = why if self._triggered else 'camera.trigger is not "software"'
             self.journal.event("plc", f"a trigger was ignored: {why}")
+            if self._triggered and not stopping:
+                self._not_taken(number)
             if number is not None:
                 self._trigger_number = number  # the next one is no gap
-            elif self._triggered and not stopping:
-                self._out_of_step("a trigger without a number came while inspection was not enabled")
+            return
+        if number is not None and number == self._taken_number:
+            self.counts.garbage += 1
+            self.journal.event("plc", f"trigger {number} came twice; the second one is ignored")
             return
         self._unnumbered = number is None
-        if self._unnumbered and self._maybe_lost:
-            self._out_of_step(f"{self._maybe_lost}; it may have been a trigger, and triggers have no numbers here")
+        if self._maybe_lost and not self._tells_of_lost(number):
+            self._out_of_step(f"{self._maybe_lost}; it may have been a trigger, and no number says that it was not")
         self._maybe_lost = ""
-        if number is not None and not self._number_is_next(number, at_ns, now_ns):
-            return
+        if number is not None:
+            self._look_for_gap(number, at_ns, now_ns)
         self.gate.triggered(at_ns)
         part = self._new_part(at_ns, number)
         self._awaiting[part.key] = part
@@ -186,7 +191,7 @@ class Line:
         # an accepting gate passes none that nobody has counted
         counted = self._triggered or self._latest or self._recorded
         uncounted = not (counted or (self.gate.used and self.station.gate.polarity == "accept"))
-        if uncounted and self.health.phase in ("READY", "RUNNING"):
+        if uncounted and not self.finishing and self.health.phase in ("READY", "RUNNING"):
             self._out_of_step(f"{sentence}; how many parts went past meanwhile, nobody has counted")
 
     def link_event(self, event: plc.Incoming, now_ns: int) -> None:
@@ -304,21 +309,29 @@ class Line:
             self.health.phase = "RUNNING"
         return part
 
-    def _number_is_next(self, number: int, at_ns: int, now_ns: int) -> bool:
-        """Whether a trigger with the PLC's number is a new part; the parts of numbers left out are rejected."""
-        last, self._trigger_number = self._trigger_number, number
-        if number == last:
-            self.counts.garbage += 1
-            self.journal.event("plc", f"trigger {number} came twice; the second one is ignored")
-            return False
+    def _not_taken(self, number: int | None) -> None:
+        """A trigger while inspection is not enabled; one before that may have been lost while it was."""
+        last = self._trigger_number
+        if number is None:
+            self._out_of_step("a trigger without a number came while inspection was not enabled")
+        elif last and number > last + 1:
+            self._out_of_step(f"triggers {last + 1} to {number - 1} never came")
+
+    def _tells_of_lost(self, number: int | None) -> bool:
+        """Whether it follows from this trigger's number if there was another one before it."""
+        last = self._trigger_number
+        return number is not None and (last < number if last else number == 1)
+
+    def _look_for_gap(self, number: int, at_ns: int, now_ns: int) -> None:
+        """The parts of numbers that were left out before this one are rejected."""
+        last, self._trigger_number, self._taken_number = self._trigger_number, number, number
         if last and last + 1 < number <= last + LONGEST_GAP:
             self._missed(range(last + 1, number), f"triggers {last + 1} to {number - 1} never came", at_ns, now_ns)
-        elif last and number != last + 1:
+        elif last and number not in (last, last + 1):  # the last may not have been taken
             sentence = f"the PLC counts its triggers from {number}, after {last}"
             self.journal.event("plc", sentence)
             if number > last:
                 self._out_of_step(sentence)
-        return True
 
     def _missed(self, numbers: range, sentence: str, at_ns: int, now_ns: int) -> None:
         """Parts went past of which nothing was seen: each is rejected, and FAULT stays until somebody has looked."""
@@ -336,7 +349,7 @@ class Line:
             self._noise_told_ns = now_ns + NOISE_NS
             self.journal.event("plc", what)
         if self._unnumbered:
-            self._out_of_step(f"{what}; it may have been a trigger, and triggers have no numbers here")
+            self._out_of_step(f"{what}; it may have been a trigger, and no number will say that it was not")
         elif self._triggered and self.health.phase in ("READY", "RUNNING"):
             self._maybe_lost = what
 

@@ -331,10 +331,14 @@ def test_a_lost_encoder_is_looked_at_where_a_part_may_have_passed():
     bench.frame()
     bench.answer(0.9)
     bench.tick(60)
+    bench.tick(10)  # nothing waits any more
     count(bench, 260)
     bench.tick(10)
     assert bench.line.health.state == "FAULT"
     assert "encoder" in bench.line.health.conditions
+    bench.line.clear("somebody", bench.now)
+    bench.tick()
+    assert bench.line.health.state == "RUNNING"
 
 
 def test_after_the_last_part_nothing_passes_though_its_verdict_is_still_awaited():
@@ -425,3 +429,14 @@ def test_an_edge_of_no_part_that_was_asked_for_before_is_given_again_like_any_ot
     assert len(bench.link.of(plc.Gate)) == 3
     bench.tick(1)
     assert bench.link.of(plc.Gate)[3:] == [plc.Gate(0, True)]
+
+
+def test_a_counter_may_begin_anew_before_the_line_is_ready():
+    bench = encoder_bench(gate__polarity="accept")
+    bench.line.health.phase = "BOOT"
+    for value in (123_456, 0):
+        count(bench, value)
+        bench.tick(10)
+    bench.line.health.phase = "READY"
+    bench.tick()
+    assert bench.line.health.state == "READY"

@@ -52,6 +52,7 @@ def fed(counts, every_ms=10):
         [0, 4, 8, 28, 48, 128, 208, 500, 800, 1200],
         range((1 << 32) - 500, (1 << 32) + 500, 50),
         [*range(0, 500, 50), *([450] * 20), *range(450, 2000, 50)],
+        [*range(0, 2000, 50), *([1950] * 20), *range(1950, 3000, 50)],
         # swings at a standstill
         [0, 50, 100, 103, 100, 97, 101, 100, 150],
         # so fast that the whole way lies between two reads
@@ -101,6 +102,13 @@ def test_a_belt_that_begins_with_a_wobble_is_believed_at_full_speed(first):
 def test_after_a_jump_the_belt_shows_its_speed_anew():
     said = fed([*range(0, 3000, 10), 5000, *range(5040, 9000, 40)])[1]
     assert [step for step, each in enumerate(said) if each] == [300]
+
+
+def test_a_first_count_that_was_held_up_makes_no_belt_fast_for_ever():
+    encoder = Encoder(200 * MS, WAY)
+    said = [encoder.add(max(ms, 19) * MS, ms) for ms in range(0, 5500, 20)]
+    assert not any(said)
+    assert encoder.add(5500 * MS, 9500)
 
 
 def test_after_a_jump_an_earlier_speed_excuses_no_further_one():

@@ -209,6 +209,55 @@ def test_a_place_does_not_move_any_more_once_it_is_known():
     assert abs(on(bench.run(3000, at=at))[0][0] - wanted) <= 4
 
 
+def test_the_pause_after_an_edge_that_did_not_get_through_holds_up_no_other_edge():
+    """What is not known may be anything, and something that is to be rejected comes."""
+    bench = Bench(mode="delay", polarity="accept", delay_ms=0, pulse_ms=50)
+    bench.gate.hold(False, LONG_AGO)
+    bench.gate.plan(1, 0)
+    bench.gate.decide(1, True)
+    bench.gate.plan(2, 30 * MS)
+    bench.run(100, at=lambda ms: bench.gate.not_switched(ms * MS) if ms == 10 else None)
+    assert bench.edges == [(0, 1, True), (30, 2, False)]
+
+
+@pytest.mark.parametrize("accept", [True, False])
+def test_unseen_parts_are_rejected_though_the_fault_ends_while_nothing_is_inspected(accept):
+    """The one that was given up passes nowhere, and the one that came after it has to wait."""
+    bench = Bench(mode="delay", polarity="accept" if accept else "reject", delay_ms=100, pulse_ms=20)
+    bench.gate.hold(False, LONG_AGO)
+
+    def at(ms):
+        if ms in (10, 40):
+            bench.gate.plan(ms, ms * MS)
+            bench.gate.decide(ms, ms == 40)
+        if ms == 30:
+            bench.gate.abandon()
+        bench.gate.hold(30 <= ms < 60, ms * MS, idle=ms >= 50)
+
+    bench.run(61, at=at)
+    assert set(bench.run(160, 61, at)) == {not accept}
+    assert bench.decisions == {10: "rejected", 40: "rejected"}
+
+
+@pytest.mark.parametrize(("held_ms", "outcome"), [(105, "rejected"), (115, "missed"), (130, "missed")])
+def test_a_fault_that_began_after_a_part_was_past_has_not_rejected_it(held_ms, outcome):
+    bench = Bench(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20)
+    bench.gate.hold(False, LONG_AGO)
+    bench.run(140, at=lambda ms: bench.gate.hold(ms >= held_ms, ms * MS))
+    bench.gate.plan(1, 0)
+    bench.run(150, 140)
+    assert bench.decisions == {1: outcome}
+
+
+def test_what_was_past_when_parts_were_given_up_was_not_rejected_by_that():
+    bench = Bench(mode="delay", polarity="reject", delay_ms=100, pulse_ms=20)
+    bench.gate.hold(False, LONG_AGO)
+    bench.run(140, at=lambda ms: bench.gate.abandon() if ms == 130 else bench.gate.hold(ms > 130, ms * MS))
+    bench.gate.plan(1, 0)
+    bench.run(150, 140)
+    assert bench.decisions == {1: "missed"}
+
+
 def test_an_edge_that_did_not_get_through_is_given_again_after_a_moment():
     bench = Bench(mode="delay", polarity="reject", delay_ms=0, pulse_ms=500)
     bench.gate.hold(False, LONG_AGO)

@@ -412,7 +412,8 @@ def test_a_damaged_line_may_have_been_a_trigger_and_is_a_fault_where_no_number_w
 
 
 @pytest.mark.parametrize(
-    ("phase", "number", "fault"), [("READY", None, True), ("READY", 7, False), ("BOOT", None, False)]
+    ("phase", "number", "fault"),
+    [("READY", None, True), ("READY", 7, True), ("READY", 1, False), ("BOOT", None, False)],
 )
 def test_the_first_trigger_may_be_the_one_that_was_lost(phase, number, fault):
     bench = triggered()
@@ -433,6 +434,16 @@ def test_a_number_tells_that_the_damaged_line_before_it_was_no_trigger():
         bench.trigger(number)
         bench.tick()
         assert not bench.line.health.faulty
+
+
+@pytest.mark.parametrize(("number", "fault"), [(51, False), (1, True), (7, True)])
+def test_a_plc_that_counts_anew_does_not_tell_whether_a_trigger_was_lost_before(number, fault):
+    bench = triggered()
+    bench.trigger(50)
+    bench.line.link_event(plc.Garbage(bench.now, "a damaged line", lost=True), bench.now)
+    bench.trigger(50)  # says nothing of it
+    bench.trigger(number)
+    assert bench.line.health.faulty == fault
 
 
 def test_noise_is_in_the_journal_once_a_second():
@@ -490,6 +501,35 @@ def test_numbered_triggers_that_were_ignored_are_no_gap():
             bench.answer()
     assert bench.link.verdicts == [(100, "PASS"), (103, "PASS")]
     assert bench.line.health.state == "RUNNING"
+
+
+def test_a_gap_that_is_seen_while_inspection_is_off_may_be_from_before():
+    bench = triggered(plc__enable=True)
+    bench.line.link_event(plc.Enabled(bench.now, True), bench.now)
+    bench.trigger(100)
+    bench.line.link_event(plc.Enabled(bench.now, False), bench.now)
+    bench.trigger(101)
+    assert not bench.line.health.faulty
+    bench.trigger(103)
+    assert "triggers 102 to 102 never came" in bench.line.health.conditions["missed"].sentence
+
+
+def test_a_number_that_was_ignored_and_comes_again_is_a_part():
+    bench = triggered(plc__enable=True)
+    bench.trigger(7)
+    bench.line.link_event(plc.Enabled(bench.now, True), bench.now)
+    bench.trigger(7)
+    bench.trigger(7)
+    assert len(bench.taken) == 1
+    assert not bench.line.health.faulty
+    assert not any("counts its triggers" in text for _, text in bench.journal.events)
+
+
+def test_a_camera_that_goes_after_the_last_part_is_no_fault():
+    bench = Bench(camera__policy="every")
+    bench.line.stop()
+    bench.line.camera_lost("unplugged", bench.now)
+    assert not bench.line.health.faulty
 
 
 def test_what_is_open_when_missed_is_cleared_gets_its_outcome_before_that():
