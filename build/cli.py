@@ -1,6 +1,7 @@
 """stpm-build and stpm-train."""
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from stpm.build.compile import BACKENDS, Compiler, OpenVinoCompiler, TensorRtCom
 from stpm.build.curve import learning_curve
 from stpm.build.gpu.cli import add_plan_options, plan_options
 from stpm.build.methods import METHODS
+from stpm.build.methods.base import Method
+from stpm.build.methods.etstpm import EtStpm
 from stpm.build.pipeline import Job, prepare
 from stpm.build.pyramid import BACKBONES, LAYERS, TAPS
 from stpm.build.steps import Steps, default_work
@@ -21,10 +24,13 @@ from stpm.calibration.ranges import OBSERVERS
 from stpm.calibration.thresholds import described, threshold_rule
 from stpm.edge.cli import count, positive, share
 from stpm.edge.command import parser, run_command
-from stpm.edge.errors import InputError
+from stpm.edge.errors import ConfigError, InputError
 from stpm.edge.manifest import Limits, Manifest, Setting
 from stpm.edge.preprocess import Preprocess
 from stpm.edge.storage import storage_errors, write_file
+
+# of one method or another, by the names of its fields
+OWN_OPTIONS = ("teacher_epochs",)
 
 AGAIN = "run the same command again, it goes on where it stopped"
 
@@ -165,7 +171,18 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         help="weights of the backbone: torchvision's download, the ResNet-18 in this package, or a file (default: "
         "imagenet)",
     )
-    add("--method", choices=tuple(METHODS), default="stpm")
+    add(
+        "--method",
+        choices=tuple(METHODS),
+        default="stpm",
+        help="stpm, or etstpm: its teacher first learns to tell the parts of --data apart (default: stpm)",
+    )
+    add(
+        "--teacher-epochs",
+        type=_from_zero,
+        metavar="N",
+        help=f"of etstpm: how long that goes on (default: {EtStpm().teacher_epochs})",
+    )
     add("--backbone", choices=BACKBONES, default="resnet18", help="of teacher and student (default: resnet18)")
     add(
         "--taps",
@@ -190,7 +207,7 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         help="train on the images turned and mirrored: for parts that lie at any angle",
     )
     add("--bfloat16", action="store_true", help="train in bfloat16: faster where the CPU has it")
-    add("--seed", type=_seed, default=recipe.seed, help=f"default: {recipe.seed}")
+    add("--seed", type=_from_zero, default=recipe.seed, help=f"default: {recipe.seed}")
     add("--roi", type=_region, metavar="X,Y,W,H", help="look only at this part of the frame, in pixels")
     add(
         "--work",
@@ -218,11 +235,19 @@ def _job(chosen: argparse.Namespace) -> Job:
         chosen.data,
         chosen.category,
         chosen.teacher,
-        METHODS[chosen.method](chosen.backbone, chosen.taps),
+        _method(chosen),
         recipe,
         Preprocess(roi=chosen.roi),
         Steps(chosen.work),
     )
+
+
+def _method(chosen: argparse.Namespace) -> Method:
+    make = METHODS[chosen.method]
+    own = {name: getattr(chosen, name) for name in OWN_OPTIONS if getattr(chosen, name) is not None}
+    for name in own.keys() - inspect.signature(make).parameters.keys():
+        raise ConfigError(f"--method {chosen.method} has no --{name.replace('_', '-')}: leave it out")
+    return make(chosen.backbone, chosen.taps, **own)
 
 
 def _region(text: str) -> tuple[int, int, int, int]:
@@ -240,7 +265,7 @@ def _taps(text: str) -> tuple[str, ...]:
     return names
 
 
-def _seed(text: str) -> int:
+def _from_zero(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"wanted a whole number from 0, found {text}")

@@ -6,12 +6,13 @@ from pathlib import Path
 import msgspec
 
 from stpm.build.curve import History
+from stpm.build.enhance import Enhancement, enhance, task
 from stpm.build.methods.base import Method, described
 from stpm.build.pyramid import Pyramid, weights_hash
 from stpm.build.steps import STEP_VERSION, Inputs, Steps
-from stpm.build.train import Recipe, train
+from stpm.build.train import Recipe, split, train
 from stpm.build.weights import load_into, load_teacher, read_weights, write_weights
-from stpm.calibration.dataset import Dataset, Images, find_dataset, images_hash, load_normals
+from stpm.calibration.dataset import Dataset, Images, find_dataset, images_hash, load_normals, other_categories
 from stpm.edge.bundle import file_hash
 from stpm.edge.command import warn
 from stpm.edge.preprocess import Preprocess
@@ -61,6 +62,8 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
         f"{len(dataset.labelled)} labelled test images",
         flush=True,
     )
+    if method.teacher_epochs:
+        _enhance(job, teacher, normals, photos_sha256)
     student = method.new_student(job.recipe.seed)
     trained = None
     if student_file is not None:
@@ -74,6 +77,33 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
         load_into(student, read_weights(folder / "student.npz"), "the finished training")
         trained = msgspec.json.decode((folder / "training.json").read_bytes(), type=StudentFile)
     return Material(dataset, normals, photos_sha256, teacher, student.eval().requires_grad_(False), trained)
+
+
+def _enhance(job: Job, teacher: Pyramid, normals: Images, photos_sha256: list[str]) -> None:
+    """Let the teacher, in place, learn to tell this category from the others beside it."""
+    others = other_categories(job.data, job.category)
+    hashes = {other.category: [file_hash(path) for path in other.normals] for other in others}
+    recipe = Enhancement(job.method.teacher_epochs, job.recipe.seed)
+
+    def produce(folder: Path) -> None:
+        training, _ = split(len(normals.paths), job.recipe)
+        # the region of interest is of this product's camera
+        whole = msgspec.structs.replace(job.preprocess, roi=None)
+        images = [normals.pixels[training], *(load_normals(other, whole).pixels for other in others)]
+        right = enhance(teacher, task(images), job.preprocess, recipe)
+        what = f"{job.category} from {', '.join(hashes)}" if hashes else "images with a pasted patch from others"
+        print(f"teacher: tells {what}, {', '.join(f'{share:.1%}' for share in right)} right by epoch", flush=True)
+        write_weights(folder / "teacher.npz", teacher.state_dict())
+
+    inputs: Inputs = {
+        "version": STEP_VERSION,
+        "teacher": weights_hash(teacher.state_dict()),
+        "images": images_hash(photos_sha256, job.preprocess),
+        "held_out": job.recipe.held_out,
+        **{f"images of {name}": images_hash(photos, job.preprocess) for name, photos in hashes.items()},
+        **msgspec.structs.asdict(recipe),
+    }
+    load_into(teacher, read_weights(job.steps.run("teacher", inputs, produce) / "teacher.npz"), "the enhanced teacher")
 
 
 def _train_step(job: Job, teacher: Pyramid, normals: Images, photos_sha256: list[str]) -> Path:

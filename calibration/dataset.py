@@ -84,6 +84,13 @@ def find_dataset(root: Path, category: str) -> Dataset:
     )
 
 
+def other_categories(root: Path, category: str) -> list[Dataset]:
+    """The categories in MVTec layout beside this one that have enough good parts to train on, by name."""
+    folders = [folder for folder in sorted(root.iterdir()) if (folder / "train" / "good").is_dir()]
+    found = [Dataset(folder.name, list_images(folder / "train" / "good"), []) for folder in folders]
+    return [each for each in found if each.category != category and len(each.normals) >= MINIMUM_NORMALS]
+
+
 def find_labelled(folder: Path) -> list[LabelledImage]:
     """`folder/test/KIND/*` with masks `folder/ground_truth/KIND/*_mask.png`; KIND "good" means no defect."""
     test = folder / "test"

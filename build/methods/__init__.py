@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 from stpm.build.methods.base import Method
+from stpm.build.methods.etstpm import EtStpm
 from stpm.build.methods.stpm import Stpm
 
-METHODS: dict[str, Callable[..., Method]] = {"stpm": Stpm}  # each takes backbone and taps
+# each takes backbone, taps and what is its own
+METHODS: dict[str, Callable[..., Method]] = {"stpm": Stpm, "etstpm": EtStpm}

@@ -25,6 +25,10 @@ class Method(Protocol):
     def taps(self) -> tuple[str, ...]:
         """The layers whose features are compared."""
 
+    @property
+    def teacher_epochs(self) -> int:
+        """For so many epochs the teacher first learns to tell the user's parts apart."""
+
     def new_student(self, seed: int) -> Pyramid:
         """A student with fresh weights, the same for the same seed."""
 

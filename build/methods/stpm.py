@@ -20,6 +20,7 @@ class Stpm:
     backbone: str = "resnet18"
     taps: tuple[str, ...] = TAPS
     name: ClassVar[str] = "stpm"
+    teacher_epochs: ClassVar[int] = 0
 
     def new_student(self, seed: int) -> Pyramid:
         torch.manual_seed(seed)
