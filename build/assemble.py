@@ -125,7 +125,11 @@ class Assembly:
     def graphs(self) -> Graphs:
         material, recipe = self.material, self.job.recipe
         fine_tuning = FineTuning(
-            epochs=self.wish.fine_tuning_epochs, batch=recipe.batch, held_out=recipe.held_out, seed=recipe.seed
+            epochs=self.wish.fine_tuning_epochs,
+            batch=recipe.batch,
+            held_out=recipe.held_out,
+            share=recipe.share,
+            seed=recipe.seed,
         )
         return Graphs(
             self.job.method,
@@ -264,7 +268,7 @@ class Assembly:
 def _settings(recipe: Recipe, trained: bool) -> dict[str, int | float]:
     """The recipe; of a student that was given only the split of the normals is known."""
     known = msgspec.structs.asdict(recipe)
-    return known if trained else {name: known[name] for name in ("seed", "held_out")}
+    return known if trained else {name: known[name] for name in ("seed", "held_out", "share")}
 
 
 def _named(teacher: str) -> str:

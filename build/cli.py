@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,30 +15,35 @@ from stpm.build.gpu.cli import add_plan_options, plan_options
 from stpm.build.methods import METHODS
 from stpm.build.methods.base import Method
 from stpm.build.methods.etstpm import EtStpm
+from stpm.build.methods.rstpm import VARIANTS, Rstpm
 from stpm.build.pipeline import Job, prepare
 from stpm.build.pyramid import BACKBONES, LAYERS, TAPS
 from stpm.build.steps import Steps, default_work
 from stpm.build.train import Recipe
 from stpm.build.weights import write_weights
+from stpm.calibration.dataset import categories
 from stpm.calibration.evaluation import shown
 from stpm.calibration.ranges import OBSERVERS
 from stpm.calibration.thresholds import described, threshold_rule
 from stpm.edge.cli import count, positive, share
 from stpm.edge.command import parser, run_command
-from stpm.edge.errors import ConfigError, InputError
+from stpm.edge.errors import ConfigError, InputError, StpmError
 from stpm.edge.manifest import Limits, Manifest, Setting
 from stpm.edge.preprocess import Preprocess
 from stpm.edge.storage import storage_errors, write_file
 
 # of one method or another, by the names of its fields
-OWN_OPTIONS = ("teacher_epochs",)
+OWN_OPTIONS = ("teacher_epochs", "variant", "attention")
+
+ALL = "all"
 
 AGAIN = "run the same command again, it goes on where it stopped"
 
 BUILD_EXAMPLES = """\
   stpm-build --engine int8 --category screw --data photos --teacher builtin
   stpm-build --engine fp16 --category screw --data mvtec --teacher resnet18.pth --epochs 200 --seed 1
-  stpm-build --engine int8 --category screw --data photos --teacher builtin --student screw.npz"""
+  stpm-build --engine int8 --category screw --data photos --teacher builtin --student screw.npz
+  stpm-build --engine int8 --category all --data mvtec --teacher resnet18.pth --out bundles"""
 
 TRAIN_EXAMPLES = """\
   stpm-train --category screw --data photos --teacher builtin --out screw.npz"""
@@ -105,12 +111,14 @@ def build_main(arguments: list[str] | None = None) -> int:
     add_plan_options(options)
     chosen = options.parse_args(arguments)
 
-    def command() -> None:
+    def build(chosen: argparse.Namespace) -> None:
+        job = _job(chosen)
+        if chosen.backend == "tensorrt" and not job.method.fused:
+            raise ConfigError(f"--method {chosen.method} has no TensorRT kernels: build it with --backend openvino")
         compiler = _compiler(chosen)
         compiler.check()
         out = chosen.out or Path("bundles") / f"{chosen.category}-{chosen.engine}"
         check_out(out)
-        job = _job(chosen)
         wish = Wish(
             chosen.engine,
             Setting(chosen.quantize, chosen.observer),
@@ -121,6 +129,9 @@ def build_main(arguments: list[str] | None = None) -> int:
             chosen.false_reject_rate,
         )
         print(_report(build_bundle(job, prepare(job, chosen.student), wish, out, compiler), out))
+
+    def command() -> None:
+        _each_category(chosen, build, lambda name: f"{name}-{chosen.engine}", Path("bundles"))
 
     return run_command("stpm-build", command, AGAIN)
 
@@ -133,7 +144,7 @@ def train_main(arguments: list[str] | None = None) -> int:
     options.add_argument("--out", type=Path, metavar="FILE", help="the student (default: CATEGORY.npz)")
     chosen = options.parse_args(arguments)
 
-    def command() -> None:
+    def train(chosen: argparse.Namespace) -> None:
         out = chosen.out or Path(f"{chosen.category}.npz")
         if out.suffix != ".npz" or out.is_dir():
             raise InputError(f"wanted the name of an .npz file for --out, found {out}: the student is written as .npz")
@@ -146,7 +157,40 @@ def train_main(arguments: list[str] | None = None) -> int:
         write_file(out.with_suffix(".png"), learning_curve(trained.history, trained.best_epoch))
         print(f"student of epoch {trained.best_epoch}: {out}, its learning curve: {out.with_suffix('.png')}")
 
+    def command() -> None:
+        _each_category(chosen, train, lambda name: f"{name}.npz", Path())
+
     return run_command("stpm-train", command, AGAIN)
+
+
+def _each_category(
+    chosen: argparse.Namespace,
+    work: Callable[[argparse.Namespace], None],
+    name_of: Callable[[str], str],
+    default: Path,
+) -> None:
+    """Do the work for the category, or for all in --data one after another, into the folder --out; one that fails does
+    not keep the others from being done."""
+    if chosen.category != ALL or (chosen.data / ALL).is_dir():
+        work(chosen)
+        return
+    names = categories(chosen.data) if chosen.data.is_dir() else []
+    if not names:
+        raise InputError(f"wanted folders CATEGORY/train/good in {chosen.data}, found none: name the --category")
+    failed: dict[str, StpmError] = {}
+    for number, name in enumerate(names, 1):
+        print(f"--- {name}, {number} of {len(names)}", flush=True)
+        out = (chosen.out or default) / name_of(name)
+        try:
+            work(argparse.Namespace(**vars(chosen) | {"category": name, "out": out}))
+        except StpmError as error:
+            failed[name] = error
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        which = ", ".join(failed)
+        raise type(next(iter(failed.values())))(
+            f"{len(failed)} of {len(names)} categories were not done, see above: {which}"
+        )
 
 
 def _compiler(chosen: argparse.Namespace) -> Compiler:
@@ -156,7 +200,12 @@ def _compiler(chosen: argparse.Namespace) -> Compiler:
 def _add_training(options: argparse.ArgumentParser) -> None:
     recipe = Recipe()
     add = options.add_argument
-    add("--category", required=True, metavar="NAME", help="the product; the folder NAME inside --data")
+    add(
+        "--category",
+        required=True,
+        metavar="NAME|all",
+        help="the product; the folder NAME inside --data, or all that are there, one after another",
+    )
     add(
         "--data",
         type=Path,
@@ -175,7 +224,26 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         "--method",
         choices=tuple(METHODS),
         default="stpm",
-        help="stpm, or etstpm: its teacher first learns to tell the parts of --data apart (default: stpm)",
+        help="stpm; rstpm: with a second student that reconstructs; etstpm: with a teacher that first learns to tell "
+        "the parts of --data apart (default: stpm)",
+    )
+    add(
+        "--variant",
+        choices=VARIANTS,
+        help="of rstpm: one teacher for both students, or ResNet-50 as the second one with a narrow decoder or the "
+        f"published one of 100 million parameters (default: {Rstpm().variant})",
+    )
+    add(
+        "--second-teacher",
+        default="",
+        metavar="imagenet|PATH",
+        help="of rstpm lite and published: weights of the ResNet-50 (default: imagenet)",
+    )
+    add(
+        "--attention",
+        type=_layers_or_none,
+        metavar="LAYER,...|none",
+        help=f"of rstpm: at which layers its decoder has attention (default: {','.join(Rstpm().attention)})",
     )
     add(
         "--teacher-epochs",
@@ -207,6 +275,13 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         help="train on the images turned and mirrored: for parts that lie at any angle",
     )
     add("--bfloat16", action="store_true", help="train in bfloat16: faster where the CPU has it")
+    add(
+        "--share",
+        type=share,
+        default=recipe.share,
+        metavar="R",
+        help="train on this share of the training images only, to see how many are enough (default: 1)",
+    )
     add("--seed", type=_from_zero, default=recipe.seed, help=f"default: {recipe.seed}")
     add("--roi", type=_region, metavar="X,Y,W,H", help="look only at this part of the frame, in pixels")
     add(
@@ -230,6 +305,7 @@ def _job(chosen: argparse.Namespace) -> Job:
         patience=chosen.patience,
         bfloat16=chosen.bfloat16,
         turned=chosen.turned,
+        share=chosen.share,
     )
     return Job(
         chosen.data,
@@ -239,6 +315,7 @@ def _job(chosen: argparse.Namespace) -> Job:
         recipe,
         Preprocess(roi=chosen.roi),
         Steps(chosen.work),
+        chosen.second_teacher,
     )
 
 
@@ -263,6 +340,10 @@ def _taps(text: str) -> tuple[str, ...]:
     if not names or len(names) != len(text.split(",")):
         raise argparse.ArgumentTypeError(f"wanted some of {', '.join(LAYERS)} with commas between, found {text}")
     return names
+
+
+def _layers_or_none(text: str) -> tuple[str, ...]:
+    return () if text == "none" else _taps(text)
 
 
 def _from_zero(text: str) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from stpm.build.pyramid import Pyramid, channels_last
+from stpm.build.pyramid import channels_last
 from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Image, Preprocess
 
@@ -95,7 +95,7 @@ def pasted(image: Image, random: np.random.Generator) -> Image:
 class Classifier(nn.Module):
     """float32 N×3×H×W → N×classes: a linear layer over the mean of the last features."""
 
-    def __init__(self, pyramid: Pyramid, classes: int, channels: int) -> None:
+    def __init__(self, pyramid: nn.Module, classes: int, channels: int) -> None:
         super().__init__()
         self.pyramid, self.linear = pyramid, nn.Linear(channels, classes)
 
@@ -104,7 +104,7 @@ class Classifier(nn.Module):
         return logits
 
 
-def enhance(teacher: Pyramid, images: Task, preprocess: Preprocess, recipe: Enhancement) -> list[float]:
+def enhance(teacher: nn.Module, images: Task, preprocess: Preprocess, recipe: Enhancement) -> list[float]:
     """Train `teacher`, in place, to tell the classes apart; the share it told rightly, by epoch.
 
     Its batch norms keep their statistics: with few images of one kind in a batch they would lose what makes the

@@ -9,12 +9,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx
+from torch import nn
 from tqdm import tqdm
 
 from stpm.build.distil import FineTuning, distil
 from stpm.build.export import check_parity, export_graph
 from stpm.build.methods.base import Method, described
-from stpm.build.pyramid import Pyramid, weights_hash
+from stpm.build.pyramid import weights_hash
 from stpm.build.steps import STEP_VERSION, Inputs, Steps
 from stpm.build.train import split
 from stpm.calibration.fp16 import to_fp16
@@ -32,8 +33,8 @@ class Graphs:
     """`pixels` are all normals, uint8 N×H×W×3, in the order that `split` refers to."""
 
     method: Method
-    teacher: Pyramid
-    student: Pyramid
+    teacher: nn.Module
+    student: nn.Module
     preprocess: Preprocess
     pixels: Image
     calibration_images: int

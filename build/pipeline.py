@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from torch import nn
 
 from stpm.build.curve import History
 from stpm.build.enhance import Enhancement, enhance, task
 from stpm.build.methods.base import Method, described
-from stpm.build.pyramid import Pyramid, weights_hash
+from stpm.build.pyramid import weights_hash
 from stpm.build.steps import STEP_VERSION, Inputs, Steps
 from stpm.build.train import Recipe, split, train
-from stpm.build.weights import load_into, load_teacher, read_weights, write_weights
+from stpm.build.weights import load_into, read_weights, write_weights
 from stpm.calibration.dataset import Dataset, Images, find_dataset, images_hash, load_normals, other_categories
 from stpm.edge.bundle import file_hash
 from stpm.edge.command import warn
@@ -36,6 +37,7 @@ class Job:
     recipe: Recipe
     preprocess: Preprocess
     steps: Steps
+    second_teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ class Material:
     dataset: Dataset
     normals: Images
     photos_sha256: list[str]
-    teacher: Pyramid
-    student: Pyramid
+    teacher: nn.Module
+    student: nn.Module
     trained: StudentFile | None  # None when the student was given
 
 
 def prepare(job: Job, student_file: Path | None = None) -> Material:
     """Read the images and the teacher, then train a student, or read it from `student_file`."""
     method = job.method
-    teacher = load_teacher(job.teacher, method.taps, method.backbone)
+    teacher = method.load_teacher(job.teacher, job.second_teacher)
     dataset = find_dataset(job.data, job.category)
     normals = load_normals(dataset, job.preprocess)
     photos_sha256 = [file_hash(path) for path in normals.paths]
@@ -79,7 +81,7 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
     return Material(dataset, normals, photos_sha256, teacher, student.eval().requires_grad_(False), trained)
 
 
-def _enhance(job: Job, teacher: Pyramid, normals: Images, photos_sha256: list[str]) -> None:
+def _enhance(job: Job, teacher: nn.Module, normals: Images, photos_sha256: list[str]) -> None:
     """Let the teacher, in place, learn to tell this category from the others beside it."""
     others = other_categories(job.data, job.category)
     hashes = {other.category: [file_hash(path) for path in other.normals] for other in others}
@@ -100,13 +102,14 @@ def _enhance(job: Job, teacher: Pyramid, normals: Images, photos_sha256: list[st
         "teacher": weights_hash(teacher.state_dict()),
         "images": images_hash(photos_sha256, job.preprocess),
         "held_out": job.recipe.held_out,
+        "share": job.recipe.share,
         **{f"images of {name}": images_hash(photos, job.preprocess) for name, photos in hashes.items()},
         **msgspec.structs.asdict(recipe),
     }
     load_into(teacher, read_weights(job.steps.run("teacher", inputs, produce) / "teacher.npz"), "the enhanced teacher")
 
 
-def _train_step(job: Job, teacher: Pyramid, normals: Images, photos_sha256: list[str]) -> Path:
+def _train_step(job: Job, teacher: nn.Module, normals: Images, photos_sha256: list[str]) -> Path:
     def produce(folder: Path) -> None:
         student = job.method.new_student(job.recipe.seed)
         trained = train(job.method, teacher, student, normals.pixels, job.preprocess, job.recipe, folder)

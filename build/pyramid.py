@@ -36,18 +36,26 @@ class Pyramid(nn.Module):
         return features
 
 
+def channels_of(backbone: str) -> dict[str, int]:
+    """How many channels each layer of it has."""
+    wide = 4 if backbone in ("resnet50", "wide_resnet50_2") else 1
+    return {layer: wide * 64 << index for index, layer in enumerate(LAYERS)}
+
+
 def channels_last(network: nn.Module) -> nn.Module:
     """The same network with its weights laid out for CPU convolutions: twice as fast as the default layout."""
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def fold_batch_norm(pyramid: Pyramid) -> None:
-    """Put every batch norm into the convolution before it, in place; the pyramid must be in eval mode."""
-    for module in pyramid.modules():
+def fold_batch_norm(network: nn.Module) -> None:
+    """Put every batch norm into the convolution before it, in place; the network must be in eval mode."""
+    for module in network.modules():
         names = [name for name, _ in module.named_children()]
         for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
             if conv in names and norm in names and isinstance(getattr(module, norm), nn.BatchNorm2d):
-                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                before = getattr(module, conv)
+                folded = fuse_conv_bn_eval(before, getattr(module, norm), isinstance(before, nn.ConvTranspose2d))
+                setattr(module, conv, folded)
                 setattr(module, norm, nn.Identity())
 
 

@@ -36,6 +36,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     momentum: float = 0.9
     weight_decay: float = 1e-4
     held_out: float = 0.2  # share of the normals kept for validation and for the threshold
+    share: float = 1.0  # of the others that is trained on, to see how many photos are enough
     seed: int = 0
     patience: int = 0  # stop after so many epochs without a better validation score; 0: never
     bfloat16: bool = False  # convolutions of the student in bfloat16, weights and loss in float32
@@ -62,10 +63,11 @@ class Trained(msgspec.Struct, frozen=True):
 
 
 def split(count: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images to train on and of those held out, by seed."""
+    """Indices of the images to train on and of those held out, by seed; the latter are the same for every share."""
     order = np.random.default_rng(recipe.seed).permutation(count)
     held_out = max(1, round(count * recipe.held_out))
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    trained_on = max(1, round((count - held_out) * recipe.share))
+    return np.sort(order[held_out : held_out + trained_on]), np.sort(order[:held_out])
 
 
 def turn(image: Image, way: int) -> Image:
@@ -213,9 +215,10 @@ def _train_epoch(
     total = 0.0
     for start in range(0, len(order), recipe.batch):
         indices = order[start : start + recipe.batch]
+        targets = images.targets(indices)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
-            features = student(images.input(indices))
-        loss = method.loss(images.targets(indices), [feature.float() for feature in features])
+            features = method.answer(student, images.input(indices), targets)
+        loss = method.loss(targets, [feature.float() for feature in features])
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} in epoch {number + 1} at learning rate {recipe.learning_rate}: "
@@ -234,7 +237,9 @@ def _validate(method: Method, student: nn.Module, images: TrainingSet, recipe: R
     values = []
     for start in range(0, len(images), recipe.batch):
         indices = np.arange(start, min(start + recipe.batch, len(images)))
-        values.append(method.validation(images.targets(indices), student(images.input(indices)), size))
+        targets = images.targets(indices)
+        answer = method.answer(student, images.input(indices), targets)
+        values.append(method.validation(targets, answer, size))
     return float(torch.cat(values).mean())
 
 

@@ -11,6 +11,7 @@ from urllib.error import URLError
 import numpy as np
 import safetensors.torch
 import torch
+from torch import nn
 
 from stpm.build.pyramid import Pyramid
 from stpm.build.torchvision_cpu import models
@@ -30,25 +31,29 @@ def load_teacher(source: str, taps: tuple[str, ...], backbone: str = "resnet18")
     else:
         path = BUILTIN_TEACHER if source == "builtin" else Path(source)
         state = read_weights(path)
-    load_into(teacher, state, source)
+    advice = f"give a {backbone} file with torchvision's names that has {', '.join(taps)}, or other --taps"
+    load_into(teacher, state, source, advice)
     return teacher.eval().requires_grad_(False)
 
 
-def load_into(pyramid: Pyramid, state: State, source: str) -> None:
-    """Copy the tensors that the pyramid has; what it has not (layer4, fc) is left; a missing one is an InputError."""
-    wanted = {name: value for name, value in pyramid.state_dict().items() if "num_batches_tracked" not in name}
+def load_into(
+    network: nn.Module,
+    state: State,
+    source: str,
+    advice: str = "give weights that were trained with the same --method and the same settings of it",
+) -> None:
+    """Copy the tensors that the network has; what it has not (layer4, fc) is left; a missing one is an InputError."""
+    wanted = {name: value for name, value in network.state_dict().items() if "num_batches_tracked" not in name}
     for name, value in wanted.items():
         found = state.get(name)
         if found is None or found.shape != value.shape:
             what = "it is missing" if found is None else f"found {tuple(found.shape)}"
             raise InputError(
-                f"wanted {pyramid.backbone} weights with a tensor {name} of shape {tuple(value.shape)}, but {what} in "
-                f"{source}: give a {pyramid.backbone} file with torchvision's names that has "
-                f"{', '.join(pyramid.taps)}, or other --taps"
+                f"wanted weights with a tensor {name} of shape {tuple(value.shape)}, but {what} in {source}: {advice}"
             )
         if not torch.isfinite(found).all():
             raise InputError(f"the tensor {name} in {source} has values that are not finite: the file is damaged")
-    pyramid.load_state_dict({name: state[name].to(torch.float32) for name in wanted}, strict=False)
+    network.load_state_dict({name: state[name].to(torch.float32) for name in wanted}, strict=False)
 
 
 def read_weights(path: Path) -> State:

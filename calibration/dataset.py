@@ -84,11 +84,16 @@ def find_dataset(root: Path, category: str) -> Dataset:
     )
 
 
+def categories(root: Path) -> list[str]:
+    """The names of those in MVTec layout in a folder."""
+    return [folder.name for folder in sorted(root.iterdir()) if (folder / "train" / "good").is_dir()]
+
+
 def other_categories(root: Path, category: str) -> list[Dataset]:
-    """The categories in MVTec layout beside this one that have enough good parts to train on, by name."""
-    folders = [folder for folder in sorted(root.iterdir()) if (folder / "train" / "good").is_dir()]
-    found = [Dataset(folder.name, list_images(folder / "train" / "good"), []) for folder in folders]
-    return [each for each in found if each.category != category and len(each.normals) >= MINIMUM_NORMALS]
+    """The categories in MVTec layout beside this one that have enough good parts to train on."""
+    names = [name for name in categories(root) if name != category]
+    found = [Dataset(name, list_images(root / name / "train" / "good"), []) for name in names]
+    return [each for each in found if len(each.normals) >= MINIMUM_NORMALS]
 
 
 def find_labelled(folder: Path) -> list[LabelledImage]:

@@ -8,6 +8,7 @@ Rules (TensorRT 8.5 to 11 fuse INT8 convolutions only under all of them):
   - one shared Q/DQ pair per tensor; symmetric int8, zero points 0, float32 scales; weights as float → Q → DQ
   - weights take 63 of the 127 steps: a CPU without VNNI adds two products of 8-bit numbers in 16 bits, and with full
     weights that sum saturates and the scores are nonsense (a hundred times too large on a Haswell)
+  - transposed convolutions and attention stay float: engines have them rarely in INT8
 The head stays float32: it divides by lengths and multiplies small differences.
 
 Written by hand because none of the libraries tried on this graph keeps to these rules: onnxruntime.quantization puts Q
@@ -30,6 +31,7 @@ ACTIVATION_STEPS = 127
 WEIGHT_STEPS = 63
 SMALLEST_RANGE = 1e-8  # of a tensor that is always zero, whose scale must not be
 _KNOWN = {"Conv", "Relu", "MaxPool", "Add"}
+_FLOAT = {"ConvTranspose", "Sigmoid", "Mul"}  # of a decoder and its attention; engines have them rarely in INT8
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def fused_with(model: onnx.ModelProto, layers: Collection[str]) -> set[str]:
     for node in model.graph.node:
         if in_head(node):
             continue
-        if node.op_type == "Add":
+        if node.op_type == "Add" and _residual(node, producer):
             main = producer[node.input[1 - _shortcut(node, producer, kernels)]]
             if main.name in found:
                 found.add(node.name)
@@ -78,19 +80,25 @@ def placement(model: onnx.ModelProto, in_float: Collection[str] = ()) -> list[Us
     for node in model.graph.node:
         if in_head(node) or node.op_type == "Constant":
             continue
-        if node.op_type not in _KNOWN:
+        if node.op_type not in _KNOWN | _FLOAT:
             raise InputError(
                 f"cannot place Q/DQ around node {node.name} of type {node.op_type}: the rules cover "
-                f"{', '.join(sorted(_KNOWN))}; teach calibration/qdq.py this node, or build with --engine fp16"
+                f"{', '.join(sorted(_KNOWN | _FLOAT))}; teach calibration/qdq.py this node, or build with "
+                "--engine fp16"
             )
         if node.op_type == "Conv" and node.name not in in_float:
             uses.append(Use(node.input[0], node.name, 0))
-        if node.op_type == "Add":
+        if node.op_type == "Add" and _residual(node, producer):
             shortcut = _shortcut(node, producer, kernels)
             main = producer[node.input[1 - shortcut]]
             if main.name not in in_float:  # it is fused with that convolution, and shares its precision
                 uses.append(Use(node.input[shortcut], node.name, shortcut))
     return uses
+
+
+def _residual(add: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether it adds to what a convolution makes; x + x·A of an attention does not, and stays float."""
+    return any(producer[name].op_type == "Conv" for name in add.input if name in producer)
 
 
 def _shortcut(add: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto], kernels: dict[str, tuple[int, ...]]) -> int:

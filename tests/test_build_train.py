@@ -67,6 +67,15 @@ def test_split_is_disjoint_complete_and_by_seed():
     np.testing.assert_array_equal(held_out, split(320, Recipe(seed=0))[1])
 
 
+def test_a_share_of_the_normals_leaves_the_held_out_as_they_are():
+    all_of_them, held_out = split(320, Recipe(seed=0))
+    for share, count in ((0.1, 26), (0.05, 13), (0.001, 1)):
+        some, held_out_too = split(320, Recipe(seed=0, share=share))
+        assert len(some) == count
+        assert set(some) <= set(all_of_them)
+        np.testing.assert_array_equal(held_out_too, held_out)
+
+
 def test_training_lowers_the_loss_and_keeps_the_best_epoch(teacher, pixels, tmp_path):
     trained = run(teacher, pixels, tmp_path)
     assert len(trained.history) == 3

@@ -131,10 +131,12 @@ def test_a_node_the_rules_do_not_cover_is_named(graphs):
 
 def test_an_add_without_a_shortcut_is_named():
     value = helper.make_tensor_value_info
-    image, out = value("x", TensorProto.FLOAT, [1]), value("y", TensorProto.FLOAT, [1])
-    add = helper.make_node("Add", ["x", "x"], ["y"], "lonely")
-    with pytest.raises(InputError, match="lonely"):
-        placement(helper.make_model(helper.make_graph([add], "g", [image], [out])))
+    image, out = value("x", TensorProto.FLOAT, [1, 1, 8, 8]), value("y", TensorProto.FLOAT, [1, 1, 6, 6])
+    weights = [numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), name) for name in ("v", "w")]
+    main = [helper.make_node("Conv", ["x", weight.name], [f"of {weight.name}"], weight.name) for weight in weights]
+    add = helper.make_node("Add", ["of v", "of w"], ["y"], "lonely")
+    with pytest.raises(InputError, match=r"lonely.*found 2"):
+        placement(helper.make_model(helper.make_graph([*main, add], "g", [image], [out], weights)))
 
 
 def test_a_range_of_zero_does_not_divide(graphs):

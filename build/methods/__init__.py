@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from stpm.build.methods.base import Method
 from stpm.build.methods.etstpm import EtStpm
+from stpm.build.methods.rstpm import Rstpm
 from stpm.build.methods.stpm import Stpm
 
 # each takes backbone, taps and what is its own
-METHODS: dict[str, Callable[..., Method]] = {"stpm": Stpm, "etstpm": EtStpm}
+METHODS: dict[str, Callable[..., Method]] = {"stpm": Stpm, "rstpm": Rstpm, "etstpm": EtStpm}

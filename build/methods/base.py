@@ -6,8 +6,6 @@ import msgspec
 import torch
 from torch import nn
 
-from stpm.build.pyramid import Pyramid
-
 Features = list[torch.Tensor]
 
 
@@ -26,14 +24,25 @@ class Method(Protocol):
         """The layers whose features are compared."""
 
     @property
+    def fused(self) -> bool:
+        """Whether edge/kernels can make its score: the product of one map for each tap of teacher and student."""
+
+    @property
     def teacher_epochs(self) -> int:
         """For so many epochs the teacher first learns to tell the user's parts apart."""
 
-    def new_student(self, seed: int) -> Pyramid:
+    def load_teacher(self, source: str, second: str) -> nn.Module:
+        """Frozen and in eval mode: float32 N×3×H×W → its features. Sources as in `weights.load_teacher`; `second` is
+        empty where the caller says nothing of a second one."""
+
+    def new_student(self, seed: int) -> nn.Module:
         """A student with fresh weights, the same for the same seed."""
 
     def targets(self, features: Features) -> Features:
-        """What the student is compared with, one tensor per tap; computed once per image and cached."""
+        """What training needs of the teacher's features; computed once per image and cached."""
+
+    def answer(self, student: nn.Module, x: torch.Tensor, targets: Features) -> Features:
+        """What the student makes of the images, to be compared with the targets."""
 
     def loss(self, targets: Features, student: Features) -> torch.Tensor:
         """A scalar to minimise."""
@@ -41,7 +50,7 @@ class Method(Protocol):
     def validation(self, targets: Features, student: Features, size: int) -> torch.Tensor:
         """One number per image; the checkpoint with the smallest mean over held-out normals is kept."""
 
-    def graph(self, teacher: Pyramid, student: Pyramid, height: int, width: int) -> nn.Module:
+    def graph(self, teacher: nn.Module, student: nn.Module, height: int, width: int) -> nn.Module:
         """Both networks and the head, batch norm folded: N×3×H×W → (anomaly map N×1×H×W, score N)."""
 
 

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from stpm.build.head import ProductHead
 from stpm.build.methods.base import Features
 from stpm.build.pyramid import TAPS, Pyramid, fold_batch_norm
+from stpm.build.weights import load_teacher
+from stpm.edge.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,12 @@ class Stpm:
     taps: tuple[str, ...] = TAPS
     name: ClassVar[str] = "stpm"
     teacher_epochs: ClassVar[int] = 0
+    fused: ClassVar[bool] = True
+
+    def load_teacher(self, source: str, second: str) -> Pyramid:
+        if second:
+            raise ConfigError(f"--method {self.name} has one teacher: leave --second-teacher out")
+        return load_teacher(source, self.taps, self.backbone)
 
     def new_student(self, seed: int) -> Pyramid:
         torch.manual_seed(seed)
@@ -28,6 +36,9 @@ class Stpm:
 
     def targets(self, features: Features) -> Features:
         return [F.normalize(feature, dim=1) for feature in features]
+
+    def answer(self, student: nn.Module, x: torch.Tensor, targets: Features) -> Features:
+        return student(x)  # type: ignore[no-any-return]
 
     def loss(self, targets: Features, student: Features) -> torch.Tensor:
         """Σ over taps of the mean over pixels and images of ‖t̂ − ŝ‖² (sum over channels).
@@ -43,16 +54,16 @@ class Stpm:
         product, _ = ProductHead(size, size)(targets, student)
         return product.mean((1, 2, 3))
 
-    def graph(self, teacher: Pyramid, student: Pyramid, height: int, width: int) -> nn.Module:
+    def graph(self, teacher: nn.Module, student: nn.Module, height: int, width: int) -> nn.Module:
         return TwoPyramids(teacher, student, ProductHead(height, width)).eval()
 
 
 class TwoPyramids(nn.Module):
-    def __init__(self, teacher: Pyramid, student: Pyramid, head: ProductHead) -> None:
+    def __init__(self, teacher: nn.Module, student: nn.Module, head: ProductHead) -> None:
         super().__init__()
         self.teacher, self.student, self.head = copy.deepcopy(teacher).eval(), copy.deepcopy(student).eval(), head
         fold_batch_norm(self.teacher)
         fold_batch_norm(self.student)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.head(self.teacher(x), self.student(x))
+        return self.head(self.teacher(x), self.student(x))  # type: ignore[no-any-return]
