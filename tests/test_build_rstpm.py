@@ -1,17 +1,21 @@
 """RSTPM: two pairs, of which the second does not see the image; from training to an int8 engine."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stpm.build.cli import build_main
 from stpm.build.export import check_parity, export_graph
+from stpm.build.fake_quant import FakeQuantNetwork
 from stpm.build.methods.rstpm import SECOND, Rstpm, SumProductHead, Teachers
 from stpm.build.pyramid import TAPS, Pyramid
 from stpm.build.train import Recipe, train
 from stpm.build.weights import write_weights
-from stpm.calibration.qdq import placement
+from stpm.calibration.qdq import activations, placement, quantise
+from stpm.calibration.ranges import collect, minmax
+from stpm.edge.bundle import open_bundle
 from stpm.edge.errors import ConfigError, InputError
 from stpm.edge.preprocess import Preprocess
 from stpm.edge.score import level_map, upsample
@@ -170,13 +174,33 @@ def test_the_second_teacher_comes_from_its_own_file(tmp_path):
     assert not teachers.training
 
 
-def test_from_photos_to_an_int8_bundle(bundles, tmp_path, capsys):
+def test_int8_follows_the_float_graph_and_is_not_trained_through(teacher, pixels):
+    students = SHARED.new_student(1)
+    images = torch.from_numpy(np.concatenate([SMALL.normalise(image) for image in pixels]))
+    students.train()(images, teacher(images))
+    graph = export_graph(SHARED.graph(teacher, students.eval(), 64, 64), SMALL)
+    batches = [SMALL.normalise(image) for image in pixels]
+    histograms = collect(graph, activations(graph), batches)
+    quantised = quantise(graph, {name: minmax(histogram) for name, histogram in histograms.items()})
+    maps = []
+    for model in (graph, quantised):
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        maps.append(np.concatenate([session.run(["anomaly_map"], {"input": batch})[0] for batch in batches]))
+    assert np.corrcoef(maps[0].ravel(), maps[1].ravel())[0, 1] > 0.95
+    assert not np.array_equal(maps[0], maps[1])
+    with pytest.raises(InputError, match=r"cannot train through .*--quantize ptq"):
+        FakeQuantNetwork(quantised, "/student/")
+
+
+def test_from_photos_to_a_bundle(bundles, tmp_path, capsys):
     write_dataset(tmp_path / "photos", "bushing", 24, 4)
     words = ["--category", "bushing", "--data", str(tmp_path / "photos"), "--teacher", "builtin", "--epochs", "1"]
-    words += ["--batch", "8", "--work", str(tmp_path / "work"), "--method", "rstpm", "--max-drop", "1,1,1"]
-    assert build_main([*words, "--engine", "int8", "--out", str(tmp_path / "bundle")]) == 0
-    out = capsys.readouterr()
-    assert "int8 qad mse cannot be used" in out.out + out.err
-    assert "INT8 ptq " in out.out
+    words += ["--batch", "8", "--work", str(tmp_path / "work"), "--method", "rstpm", "--attention", "layer3"]
+    assert build_main([*words, "--engine", "fp16", "--out", str(tmp_path / "bundle")]) == 0
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert manifest.method == "rstpm"
+    assert manifest.method_settings["attention"] == ["layer3"]
+    assert manifest.method_settings["variant"] == "shared"
+    capsys.readouterr()
     assert build_main([*words, "--engine", "int8", "--backend", "tensorrt", "--out", str(tmp_path / "b")]) == 2
     assert "--method rstpm has no TensorRT kernels" in capsys.readouterr().err
