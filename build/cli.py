@@ -174,6 +174,8 @@ def _each_category(
     if chosen.category != ALL or (chosen.data / ALL).is_dir():
         work(chosen)
         return
+    if getattr(chosen, "student", None) or isinstance(getattr(chosen, "threshold", None), float):
+        raise ConfigError("--category all with one --student or one --threshold for all: build each by its name")
     names = categories(chosen.data) if chosen.data.is_dir() else []
     if not names:
         raise InputError(f"wanted folders CATEGORY/train/good in {chosen.data}, found none: name the --category")
@@ -277,7 +279,7 @@ def _add_training(options: argparse.ArgumentParser) -> None:
     add("--bfloat16", action="store_true", help="train in bfloat16: faster where the CPU has it")
     add(
         "--share",
-        type=share,
+        type=_share_or_all,
         default=recipe.share,
         metavar="R",
         help="train on this share of the training images only, to see how many are enough (default: 1)",
@@ -340,6 +342,10 @@ def _taps(text: str) -> tuple[str, ...]:
     if not names or len(names) != len(text.split(",")):
         raise argparse.ArgumentTypeError(f"wanted some of {', '.join(LAYERS)} with commas between, found {text}")
     return names
+
+
+def _share_or_all(text: str) -> float:
+    return 1.0 if float(text) == 1 else share(text)
 
 
 def _layers_or_none(text: str) -> tuple[str, ...]:

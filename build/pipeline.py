@@ -16,7 +16,8 @@ from stpm.build.weights import load_into, read_weights, write_weights
 from stpm.calibration.dataset import Dataset, Images, find_dataset, images_hash, load_normals, other_categories
 from stpm.edge.bundle import file_hash
 from stpm.edge.command import warn
-from stpm.edge.preprocess import Preprocess
+from stpm.edge.errors import ConfigError, InputError
+from stpm.edge.preprocess import Image, Preprocess
 
 
 class StudentFile(msgspec.Struct, frozen=True):
@@ -69,6 +70,11 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
     student = method.new_student(job.recipe.seed)
     trained = None
     if student_file is not None:
+        if method.teacher_epochs:
+            raise ConfigError(
+                f"a student of {method.name} belongs to its enhanced teacher, which is not in {student_file}: leave "
+                "--student out, what was done before is re-used"
+            )
         load_into(student, read_weights(student_file), str(student_file))
         warn(
             "--student: the threshold rests on the normals that this --seed holds out; it is too low if the student "
@@ -91,7 +97,7 @@ def _enhance(job: Job, teacher: nn.Module, normals: Images, photos_sha256: list[
         training, _ = split(len(normals.paths), job.recipe)
         # the region of interest is of this product's camera
         whole = msgspec.structs.replace(job.preprocess, roi=None)
-        images = [normals.pixels[training], *(load_normals(other, whole).pixels for other in others)]
+        images = [normals.pixels[training], *(_normals_beside(other, whole) for other in others)]
         right = enhance(teacher, task(images), job.preprocess, recipe)
         what = f"{job.category} from {', '.join(hashes)}" if hashes else "images with a pasted patch from others"
         print(f"teacher: tells {what}, {', '.join(f'{share:.1%}' for share in right)} right by epoch", flush=True)
@@ -107,6 +113,13 @@ def _enhance(job: Job, teacher: nn.Module, normals: Images, photos_sha256: list[
         **msgspec.structs.asdict(recipe),
     }
     load_into(teacher, read_weights(job.steps.run("teacher", inputs, produce) / "teacher.npz"), "the enhanced teacher")
+
+
+def _normals_beside(other: Dataset, preprocess: Preprocess) -> Image:
+    try:
+        return load_normals(other, preprocess).pixels
+    except InputError as error:
+        raise InputError(f"{error}; the teacher was to tell them apart: or keep {other.category} elsewhere") from error
 
 
 def _train_step(job: Job, teacher: nn.Module, normals: Images, photos_sha256: list[str]) -> Path:

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 from stpm.build.curve import draw_curve
 from stpm.build.pipeline import StudentFile
-from stpm.build.pyramid import LAYERS
 from stpm.calibration.dataset import Images
 from stpm.calibration.evaluation import shown
 from stpm.calibration.gate import FIGURES, Measured, drops, name_of
@@ -75,7 +74,7 @@ def write_report(path: Path, facts: Facts) -> None:
         threshold=_threshold_rows(manifest),
         histograms=_figure(9, 2.2 * len(facts.engines), len(facts.engines), 1, lambda axes: _histograms(axes, facts)),
         curves=_figure(9, 3, 1, 3, lambda axes: _curves(axes, facts)),
-        layers=_figure(9, 4.2, 1, 2, lambda axes: _layers(axes, facts.sensitivity)) if facts.sensitivity else None,
+        layers=_layers_figure(facts.sensitivity) if facts.sensitivity else None,
         training=_training(facts.trained) if facts.trained else None,
         examples=_examples(facts),
         settings=_settings(manifest),
@@ -167,6 +166,11 @@ def _curves(axes: list[Axes], facts: Facts) -> None:
         axis.set(title=title, xlabel="false-positive rate", ylabel=rate)
 
 
+def _layers_figure(sensitivity: dict[str, float]) -> str:
+    height = 1.2 + 0.08 * len(sensitivity)
+    return _figure(9, height, 1, 2, lambda axes: _layers(axes, sensitivity))
+
+
 def _layers(axes: list[Axes], sensitivity: dict[str, float]) -> None:
     limit = 1.05 * max(sensitivity.values())
     for axis, network in zip(axes, ("teacher", "student"), strict=True):
@@ -182,9 +186,9 @@ def _training(trained: StudentFile) -> str:
 
 
 def _short(layer: str) -> str:
-    """ "/teacher/layer2/layer2.0/downsample/downsample.0/Conv" as "layer2.0 downsample"."""
-    block, *rest = [part for part in layer.split("/")[2:-1] if part not in LAYERS]
-    return " ".join([block, *rest[:1]])
+    """ "/teacher/layer2/layer2.0/conv1/Conv" as "layer2.0 conv1": without what only contains the next."""
+    parts = layer.split("/")[2:-1]
+    return " ".join(part for part, after in zip(parts, [*parts[1:], ""], strict=True) if not after.startswith(part))
 
 
 def _examples(facts: Facts) -> list[Example]:

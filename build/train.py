@@ -118,7 +118,8 @@ class TrainingSet:
         return [cached[indices].to(torch.float32) for cached in self.cache]
 
     def _compute(self, indices: np.ndarray) -> Features:
-        with torch.inference_mode():
+        # not inference_mode: a student may begin with what the teacher says, and learn through it
+        with torch.no_grad():
             return [target.clone() for target in self.method.targets(self.teacher(self.input(indices)))]
 
 

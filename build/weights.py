@@ -42,8 +42,14 @@ def load_into(
     source: str,
     advice: str = "give weights that were trained with the same --method and the same settings of it",
 ) -> None:
-    """Copy the tensors that the network has; what it has not (layer4, fc) is left; a missing one is an InputError."""
+    """Copy the tensors of the network. Layers that it has not (layer4, fc) are left; a tensor too few or too many in
+    one that it has is an InputError.
+    """
     wanted = {name: value for name, value in network.state_dict().items() if "num_batches_tracked" not in name}
+    parts = {name.split(".")[0] for name in wanted}
+    more = [name for name in state if name.split(".")[0] in parts and name not in network.state_dict()]
+    if more:
+        raise InputError(f"wanted weights without a tensor {more[0]}, but {source} has one: {advice}")
     for name, value in wanted.items():
         found = state.get(name)
         if found is None or found.shape != value.shape:

@@ -55,13 +55,12 @@ def convolutions(model: onnx.ModelProto) -> list[str]:
 def fused_with(model: onnx.ModelProto, layers: Collection[str]) -> set[str]:
     """These convolutions and what an engine computes together with each: its ReLU, or its residual Add and ReLU."""
     producer = {output: node for node in model.graph.node for output in node.output}
-    kernels = {tensor.name: tuple(tensor.dims[2:]) for tensor in model.graph.initializer}
     found = set(layers)
     for node in model.graph.node:
         if in_head(node):
             continue
         if node.op_type == "Add" and _residual(node, producer):
-            main = producer[node.input[1 - _shortcut(node, producer, kernels)]]
+            main = producer[node.input[1 - _shortcut(node, producer)]]
             if main.name in found:
                 found.add(node.name)
         if node.op_type == "Relu" and producer[node.input[0]].name in found:
@@ -75,7 +74,6 @@ def placement(model: onnx.ModelProto, in_float: Collection[str] = ()) -> list[Us
     A node the rules do not cover is an InputError.
     """
     producer = {output: node for node in model.graph.node for output in node.output}
-    kernels = {tensor.name: tuple(tensor.dims[2:]) for tensor in model.graph.initializer}
     uses = []
     for node in model.graph.node:
         if in_head(node) or node.op_type == "Constant":
@@ -89,7 +87,7 @@ def placement(model: onnx.ModelProto, in_float: Collection[str] = ()) -> list[Us
         if node.op_type == "Conv" and node.name not in in_float:
             uses.append(Use(node.input[0], node.name, 0))
         if node.op_type == "Add" and _residual(node, producer):
-            shortcut = _shortcut(node, producer, kernels)
+            shortcut = _shortcut(node, producer)
             main = producer[node.input[1 - shortcut]]
             if main.name not in in_float:  # it is fused with that convolution, and shares its precision
                 uses.append(Use(node.input[shortcut], node.name, shortcut))
@@ -101,20 +99,26 @@ def _residual(add: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto]) -> bo
     return any(producer[name].op_type == "Conv" for name in add.input if name in producer)
 
 
-def _shortcut(add: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto], kernels: dict[str, tuple[int, ...]]) -> int:
-    """Which input of a residual Add is the shortcut: the one that is no convolution, or else the 1×1 convolution."""
-
-    def is_main(name: str) -> bool:
-        node = producer.get(name)
-        return node is not None and node.op_type == "Conv" and kernels.get(node.input[1]) != (1, 1)
-
-    main = [is_main(name) for name in add.input]
+def _shortcut(add: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto]) -> int:
+    """Which input of a residual Add is the shortcut: what no convolution makes, or else the convolution that reads the
+    input of the block, where the other one reads what a convolution in the block has made."""
+    makers = [producer.get(name) for name in add.input]
+    main = [maker is not None and maker.op_type == "Conv" for maker in makers]
+    if all(main):
+        main = [maker is not None and _inside(maker, producer) for maker in makers]
     if sum(main) != 1:
         raise InputError(
-            f"cannot tell the shortcut of the Add node {add.name}: wanted one k×k convolution among its two inputs, "
-            f"found {sum(main)}"
+            f"cannot tell the shortcut of the Add node {add.name}: wanted one of its two inputs at the end of a chain "
+            f"of convolutions, found {sum(main)}"
         )
     return main.index(False)
+
+
+def _inside(conv: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether the input of this convolution comes from another one, through its ReLU."""
+    relu = producer.get(conv.input[0])
+    before = producer.get(relu.input[0]) if relu is not None and relu.op_type == "Relu" else None
+    return before is not None and before.op_type == "Conv"
 
 
 def activations(model: onnx.ModelProto) -> list[str]:

@@ -58,8 +58,14 @@ def test_without_any_the_command_says_what_it_looks_for(tmp_path, capsys):
     assert "wanted folders CATEGORY/train/good" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [["--student", "bushing.npz"], ["--threshold", "0.1"]])
+def test_what_belongs_to_one_category_is_refused_for_all(photos, tmp_path, capsys, more):
+    assert build_main([*words(photos, tmp_path), "--engine", "fp32", *more]) == 2
+    assert "build each by its name" in capsys.readouterr().err
+
+
 def test_a_folder_of_that_name_is_a_category(photos, tmp_path, capsys):
     shutil.move(photos / "ring", photos / "all")
-    assert train_main([*words(photos, tmp_path)[:-1], str(tmp_path / "all.npz")]) == 0
+    assert train_main([*words(photos, tmp_path)[:-1], str(tmp_path / "all.npz"), "--share", "1"]) == 0
     assert "--- " not in capsys.readouterr().out
     assert (tmp_path / "all.npz").is_file()

@@ -1,5 +1,7 @@
 """The enhanced teacher: what it learns, from which images, and that nothing else changes."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -12,9 +14,9 @@ from stpm.build.methods.stpm import Stpm
 from stpm.build.pipeline import Job, prepare
 from stpm.build.pyramid import TAPS, weights_hash
 from stpm.build.steps import Steps
-from stpm.build.train import Recipe
+from stpm.build.train import Recipe, split
 from stpm.build.weights import load_teacher
-from stpm.edge.errors import TrainingError
+from stpm.edge.errors import ConfigError, InputError, TrainingError
 from stpm.edge.preprocess import Preprocess
 from stpm.tools.parts import draw_part
 
@@ -134,12 +136,28 @@ def test_held_out_parts_are_not_seen_by_the_teacher(photos, tmp_path, monkeypatc
     seen = []
 
     def recorded(categories):
-        seen.extend(map(len, categories))
+        seen.extend(categories)
         return task(categories)
 
     monkeypatch.setattr("stpm.build.pipeline.task", recorded)
-    prepare(job(photos, EtStpm(teacher_epochs=1), tmp_path))
-    assert seen == [24 - round(24 * 0.2), 12]
+    made = job(photos, EtStpm(teacher_epochs=1), tmp_path)
+    normals = prepare(made).normals.pixels
+    training, _ = split(len(normals), made.recipe)
+    np.testing.assert_array_equal(seen[0], normals[training])
+    assert [len(images) for images in seen] == [24 - round(24 * 0.2), 12]
+
+
+def test_a_category_beside_it_that_cannot_be_read_is_named(photos, tmp_path):
+    for number in range(3):
+        (photos / "negative" / "train" / "good" / f"{number:03}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"3 of 12 images cannot be decoded.*keep negative elsewhere"):
+        prepare(job(photos, EtStpm(teacher_epochs=1), tmp_path))
+    prepare(job(photos, Stpm(), tmp_path))
+
+
+def test_a_student_without_its_enhanced_teacher_is_refused(photos, tmp_path):
+    with pytest.raises(ConfigError, match=r"belongs to its enhanced teacher, which is not in given\.npz: leave"):
+        prepare(job(photos, EtStpm(teacher_epochs=1), tmp_path), Path("given.npz"))
 
 
 def test_the_command_says_what_the_teacher_has_learned_from_one_category(parts, tmp_path, capsys):

@@ -135,13 +135,13 @@ def test_nothing_of_the_head_is_left(graphs):
 
 
 def test_a_graph_that_is_not_two_pyramids_is_refused(float_graph):
-    for old, message in (("/student/", "which is no feature"), ("/student/layer2/", "wanted 1 to 4 taps")):
+    for old, message in (("/student/", "which is no tap"), ("/student/layer2/", "wanted 1 to 4 taps")):
         model = onnx.ModelProto()
         model.CopyFrom(float_graph)
         for node in model.graph.node:
             for names in (node.input, node.output):
                 for index, name in enumerate(names):
-                    new = "/someone/" if message.startswith("which") else "/student/other/"
+                    new = "/someone/" if message.startswith("which") else "/student/layer4/"
                     names[index] = name.replace(old, new)
         with pytest.raises(InputError, match=message):
             for_tensorrt(model)

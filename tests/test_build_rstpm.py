@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from stpm.build import train as training
 from stpm.build.cli import build_main
 from stpm.build.export import check_parity, export_graph
 from stpm.build.fake_quant import FakeQuantNetwork
+from stpm.build.gpu.graph import for_tensorrt
 from stpm.build.methods.rstpm import SECOND, Rstpm, SumProductHead, Teachers
 from stpm.build.pyramid import TAPS, Pyramid
+from stpm.build.report import _short
 from stpm.build.train import Recipe, train
-from stpm.build.weights import write_weights
-from stpm.calibration.qdq import activations, placement, quantise
+from stpm.build.weights import load_into, write_weights
+from stpm.calibration.qdq import activations, convolutions, placement, quantise
 from stpm.calibration.ranges import collect, minmax
 from stpm.edge.bundle import open_bundle
 from stpm.edge.errors import ConfigError, InputError
@@ -136,6 +139,17 @@ def test_training_lowers_the_loss_of_both_pairs(teacher, pixels, tmp_path, bfloa
         assert distances[1] < 0.8 * distances[0]
 
 
+def test_without_room_for_the_features_of_the_teacher_it_learns_the_same(teacher, pixels, tmp_path, monkeypatch):
+    losses = []
+    for room in (training.CACHE_BYTES, 0):
+        monkeypatch.setattr(training, "CACHE_BYTES", room)
+        folder = tmp_path / str(room)
+        folder.mkdir()
+        recipe = Recipe(epochs=1, batch=4, seed=3, learning_rate=0.01)
+        losses.append(train(SHARED, teacher, SHARED.new_student(3), pixels, SMALL, recipe, folder).history[0].loss)
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
 def test_the_graph_is_exact_and_what_has_no_rule_stays_float(teacher, pixels):
     method = Rstpm(attention=TAPS)
     students = method.new_student(1)
@@ -151,6 +165,32 @@ def test_the_graph_is_exact_and_what_has_no_rule_stays_float(teacher, pixels):
     adds = [name for name, kind in kinds.items() if kind == "Add" and name.startswith("/student/second")]
     assert len(adds) - len(quantised.intersection(adds)) == 3  # x + x·A
     assert sum(kind == "ConvTranspose" for kind in kinds.values()) == 3
+
+
+def test_bottlenecks_of_a_second_teacher_are_quantised_too():
+    method = Rstpm(variant="lite")
+    graph = export_graph(method.graph(*untrained(method), 64, 64), SMALL)
+    kinds = {node.name: node.op_type for node in graph.graph.node}
+    uses = placement(graph)
+    adds = [use for use in uses if kinds[use.node] == "Add" and use.node.startswith("/teacher/second/")]
+    assert len(adds) == 3 + 4 + 6  # the blocks of layer1 to layer3
+    # a shortcut is the input of the block, or its 1×1 convolution: never what the third convolution has made
+    assert not any("/conv3/" in use.tensor for use in adds)
+    assert sum("/downsample/" in use.tensor for use in adds) == 3
+    with pytest.raises(InputError, match="TensorRT engines are for methods that compare the same taps"):
+        for_tensorrt(graph)
+    names = [_short(name) for name in convolutions(graph)]
+    sides = ["teacher" if name.startswith("/teacher/") else "student" for name in convolutions(graph)]
+    assert len(set(zip(sides, names, strict=True))) == len(names)  # each has its own bar in the report
+
+
+def test_weights_of_other_settings_are_refused():
+    weights = Rstpm(attention=("layer2", "layer3")).new_student(0).state_dict()
+    with pytest.raises(InputError, match=r"without a tensor second\.attention\.layer2.*, but x has one: .*settings"):
+        load_into(Rstpm(attention=("layer3",)).new_student(0), weights, "x")
+    load_into(Pyramid(), Pyramid((*TAPS, "layer4")).state_dict(), "x")  # whole layers may be there
+    with pytest.raises(InputError, match=r"without a tensor layer1\.2"):
+        load_into(Pyramid(), Pyramid(TAPS, "resnet34").state_dict(), "x")
 
 
 def test_what_contradicts_the_method_is_refused(tmp_path):

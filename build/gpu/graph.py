@@ -24,7 +24,7 @@ from stpm.edge.errors import InputError
 from stpm.edge.kernels.launches import MOST_TAPS
 
 BATCH = "images"
-_BRANCH = re.compile(r"/(teacher|student)/([^/]+)/")
+_BRANCH = re.compile(r"/(teacher|student)/(layer\d)/")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def _cut_head(model: onnx.ModelProto, int8_features: bool) -> dict[str, int]:
         branch = _BRANCH.match(tensor)
         if branch is None:
             raise InputError(
-                f"the head reads {tensor}, which is no feature of teacher or student: build the bundle again"
+                f"the head reads {tensor}, which is no tap of teacher or student: TensorRT engines are for methods "
+                "that compare the same taps of both"
             )
         found["/".join(branch.groups())] = producer.input[0] if producer.op_type == "Cast" else tensor
     taps = [name.removeprefix("teacher/") for name in found if name.startswith("teacher/")]
