@@ -265,7 +265,7 @@ class Assembly:
         )
 
 
-def _settings(recipe: Recipe, trained: bool) -> dict[str, int | float]:
+def _settings(recipe: Recipe, trained: bool) -> dict[str, str | int | float | bool]:
     """The recipe; of a student that was given only the split of the normals is known."""
     known = msgspec.structs.asdict(recipe)
     return known if trained else {name: known[name] for name in ("seed", "held_out", "share")}

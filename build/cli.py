@@ -19,7 +19,7 @@ from stpm.build.methods.rstpm import VARIANTS, Rstpm
 from stpm.build.pipeline import Job, prepare
 from stpm.build.pyramid import BACKBONES, LAYERS, TAPS
 from stpm.build.steps import Steps, default_work
-from stpm.build.train import Recipe
+from stpm.build.train import RECIPES, OneCycle, Recipe
 from stpm.build.weights import write_weights
 from stpm.calibration.dataset import categories
 from stpm.calibration.evaluation import shown
@@ -34,6 +34,8 @@ from stpm.edge.storage import storage_errors, write_file
 
 # of one method or another, by the names of its fields
 OWN_OPTIONS = ("teacher_epochs", "variant", "attention")
+# of training, by the names of the fields of its recipe
+RECIPE_OPTIONS = ("epochs", "batch", "learning_rate", "seed", "patience", "bfloat16", "turned", "share")
 
 ALL = "all"
 
@@ -227,7 +229,8 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         choices=tuple(METHODS),
         default="stpm",
         help="stpm; rstpm: with a second student that reconstructs; etstpm: with a teacher that first learns to tell "
-        "the parts of --data apart (default: stpm)",
+        "the parts of --data apart; reverse: with a student that reconstructs instead of one that looks (default: "
+        "stpm)",
     )
     add(
         "--variant",
@@ -261,9 +264,15 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         metavar="LAYER,...",
         help=f"which layers are compared, out of {', '.join(LAYERS)} (default: {','.join(TAPS)})",
     )
-    add("--epochs", type=count, default=recipe.epochs, help=f"default: {recipe.epochs}")
-    add("--batch", type=count, default=recipe.batch, help=f"default: {recipe.batch}")
-    add("--learning-rate", type=positive, default=recipe.learning_rate, help=f"default: {recipe.learning_rate}")
+    add(
+        "--schedule",
+        choices=tuple(RECIPES),
+        help="constant: SGD at one rate, as published; one-cycle: AdamW, whose rate rises and falls (default: "
+        "one-cycle for reverse, constant for the others)",
+    )
+    add("--epochs", type=count, help=_defaults("epochs"))
+    add("--batch", type=count, help=_defaults("batch"))
+    add("--learning-rate", type=positive, help=_defaults("learning_rate"))
     add(
         "--patience",
         type=count,
@@ -299,26 +308,30 @@ def _add_training(options: argparse.ArgumentParser) -> None:
 def _job(chosen: argparse.Namespace) -> Job:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    recipe = Recipe(
-        epochs=chosen.epochs,
-        batch=chosen.batch,
-        learning_rate=chosen.learning_rate,
-        seed=chosen.seed,
-        patience=chosen.patience,
-        bfloat16=chosen.bfloat16,
-        turned=chosen.turned,
-        share=chosen.share,
-    )
+    method = _method(chosen)
+    given = {name: getattr(chosen, name) for name in RECIPE_OPTIONS if getattr(chosen, name) is not None}
+    recipe = RECIPES[chosen.schedule or method.schedule](**given)
+    if recipe.patience and isinstance(recipe, OneCycle):
+        raise ConfigError(
+            "--patience with the one-cycle schedule, whose last epochs are its best: leave it out and choose --epochs"
+        )
     return Job(
         chosen.data,
         chosen.category,
         chosen.teacher,
-        _method(chosen),
+        method,
         recipe,
         Preprocess(roi=chosen.roi),
         Steps(chosen.work),
         chosen.second_teacher,
     )
+
+
+def _defaults(name: str) -> str:
+    values = {schedule: getattr(make(), name) for schedule, make in RECIPES.items()}
+    if len(set(values.values())) == 1:
+        return f"default: {values['constant']}"
+    return "default: " + ", ".join(f"{value} ({schedule})" for schedule, value in values.items())
 
 
 def _method(chosen: argparse.Namespace) -> Method:

@@ -20,7 +20,8 @@ Values = dict[str, torch.Tensor]
 
 
 class FakeQuantNetwork(nn.Module):
-    """float32 N×3×H×W → one N×C×h×w per tap, in the order in which the head reads them.
+    """float32 N×3×H×W → one N×C×h×w per tap, in the order in which the head reads them. A student that reads the
+    teacher's taps, and not the image, takes the list of these instead.
 
     `network` is the prefix of its nodes ("/student/"). Weights and biases of its convolutions are parameters; their
     scales follow the weights, the scales of the activations stay those of the graph. What is not quantised in the
@@ -30,20 +31,24 @@ class FakeQuantNetwork(nn.Module):
     def __init__(self, quantised: onnx.ModelProto, network: str) -> None:
         super().__init__()
         graph = quantised.graph
-        self._input = graph.input[0].name
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         producer = {output: node for node in graph.node for output in node.output}
         read = [name for node in graph.node if in_head(node) for name in node.input]
-        self._taps = [name for name in dict.fromkeys(read) if name in producer and _of(producer[name], network)]
-        needed = _ancestors(self._taps, producer)
+        taps = [name for name in dict.fromkeys(read) if name in producer and not in_head(producer[name])]
+        self._taps = [name for name in taps if _of(producer[name], network)]
+        others = [name for name in taps if name not in self._taps and producer[name].op_type != "Constant"]
+        needed = _ancestors(self._taps, {name: made for name, made in producer.items() if name not in others})
+        self._inputs = [name for name in (graph.input[0].name, *others) if name in needed]
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         self._steps: list[tuple[str, Callable[[Values], torch.Tensor]]] = []
         for node in graph.node:
-            if node.output[0] in needed and not _of_weights(node, constants, producer):
+            made = node.output[0] in needed and node.output[0] not in self._inputs
+            if made and not _of_weights(node, constants, producer):
                 self._steps.append((node.output[0], self._step(node, constants, producer)))
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        values = {self._input: x}
+    def forward(self, given: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+        tensors = [given] if isinstance(given, torch.Tensor) else given
+        values = dict(zip(self._inputs, tensors, strict=True))
         for output, step in self._steps:
             values[output] = step(values)
         return [values[tap] for tap in self._taps]
@@ -95,6 +100,10 @@ class FakeQuantNetwork(nn.Module):
             return lambda values: F.relu(values[names[0]])
         if node.op_type == "Add":
             return lambda values: values[names[0]] + values[names[1]]
+        if node.op_type == "Concat":
+            return lambda values: torch.cat([values[name] for name in names], attributes["axis"])
+        if node.op_type == "DepthToSpace" and attributes["mode"] == b"CRD":
+            return lambda values: F.pixel_shuffle(values[names[0]], attributes["blocksize"])
         raise InputError(f"cannot train through node {node.name} of type {node.op_type}: build with --quantize ptq")
 
 
@@ -128,9 +137,9 @@ def _ancestors(taps: list[str], producer: Mapping[str, onnx.NodeProto]) -> set[s
     waiting = list(taps)
     while waiting:
         name = waiting.pop()
-        if name in producer and name not in found:
+        if name not in found:
             found.add(name)
-            waiting += producer[name].input
+            waiting += producer[name].input if name in producer else []
     return found
 
 

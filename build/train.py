@@ -25,11 +25,13 @@ from stpm.edge.preprocess import Image, Preprocess
 from stpm.edge.storage import write_file
 
 CACHE_BYTES = 4 << 30
+RISING = 0.1  # share of a one-cycle run
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The settings of one training run; the defaults are those of Wang et al."""
 
+    schedule: str = "constant"
     epochs: int = 100
     batch: int = 32
     learning_rate: float = 0.4
@@ -49,6 +51,32 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(network.parameters(), self.learning_rate, self.momentum, weight_decay=self.weight_decay)
+
+    def rate(self, progress: float) -> float:
+        """The learning rate when this share of all steps is done, 0 to 1."""
+        return self.learning_rate
+
+
+class OneCycle(Recipe, frozen=True, forbid_unknown_fields=True):
+    """AdamW, whose rate rises to `learning_rate` in the first tenth of the run and falls to nothing until its end."""
+
+    schedule: str = "one-cycle"
+    batch: int = 8
+    learning_rate: float = 2e-3
+
+    def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
+        betas = (self.momentum, 0.999)
+        return torch.optim.AdamW(network.parameters(), self.learning_rate, betas, weight_decay=self.weight_decay)
+
+    def rate(self, progress: float) -> float:
+        if progress < RISING:
+            begin, end, share = 0.04, 1.0, progress / RISING
+        else:
+            begin, end, share = 1.0, 0.0, (progress - RISING) / (1 - RISING)
+        return self.learning_rate * (end + (begin - end) * (1 + math.cos(math.pi * share)) / 2)
+
+
+RECIPES: dict[str, type[Recipe]] = {"constant": Recipe, "one-cycle": OneCycle}
 
 
 class Epoch(msgspec.Struct, frozen=True):
@@ -225,6 +253,8 @@ def _train_epoch(
                 f"the loss is {loss.item()} in epoch {number + 1} at learning rate {recipe.learning_rate}: "
                 f"{recipe.remedy}"
             )
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.rate((number + start / len(order)) / recipe.epochs)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -30,7 +30,7 @@ HEAD = "/head/"
 ACTIVATION_STEPS = 127
 WEIGHT_STEPS = 63
 SMALLEST_RANGE = 1e-8  # of a tensor that is always zero, whose scale must not be
-_KNOWN = {"Conv", "Relu", "MaxPool", "Add"}
+_KNOWN = {"Conv", "Relu", "MaxPool", "Add", "Concat", "DepthToSpace"}
 _FLOAT = {"ConvTranspose", "Sigmoid", "Mul"}  # of a decoder and its attention; engines have them rarely in INT8
 
 

@@ -53,7 +53,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     photo_size: tuple[int, int]  # width and height of the photos in pixels
     unreadable: list[str]
     photos: list[str]  # the first 16 digits of the sha256 of every photo, trained on or held out
-    settings: dict[str, int | float | bool]
+    settings: dict[str, str | int | float | bool]
     best_epoch: int | None  # None when the student was given
 
 
@@ -70,7 +70,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: int
     images_sha256: str  # over their preprocessed pixels
     ranges_sha256: str
-    fine_tuning: dict[str, int | float | bool] | None  # of the student, with quantize "qad"; and its best epoch
+    fine_tuning: dict[str, str | int | float | bool] | None  # of the student, with quantize "qad"; and its best epoch
 
 
 class Threshold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -28,6 +28,10 @@ class Method(Protocol):
         """Whether edge/kernels can make its score: the product of one map for each tap of teacher and student."""
 
     @property
+    def schedule(self) -> str:
+        """How it is trained where the caller does not say: a name in `train.RECIPES`."""
+
+    @property
     def teacher_epochs(self) -> int:
         """For so many epochs the teacher first learns to tell the user's parts apart."""
 

@@ -44,6 +44,7 @@ class Rstpm:
     variant: Variant = "shared"
     attention: tuple[str, ...] = ("layer2", "layer3")
     name: ClassVar[str] = "rstpm"
+    schedule: ClassVar[str] = "constant"
     teacher_epochs: ClassVar[int] = 0
     fused: ClassVar[bool] = False
 

@@ -22,6 +22,7 @@ class Stpm:
     backbone: str = "resnet18"
     taps: tuple[str, ...] = TAPS
     name: ClassVar[str] = "stpm"
+    schedule: ClassVar[str] = "constant"
     teacher_epochs: ClassVar[int] = 0
     fused: ClassVar[bool] = True
 
