@@ -81,7 +81,7 @@ def test_it_costs_less_than_stpm():
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             graph(torch.zeros(1, 3, 256, 256))
         cost[method.name] = counter.get_total_flops() / 2e9
-    assert cost["reverse"] == pytest.approx(3.47, abs=0.01)
+    assert cost["reverse"] == pytest.approx(3.59, abs=0.01)
     assert cost["reverse"] < cost["stpm"]
 
 
@@ -153,10 +153,9 @@ def test_every_convolution_is_quantised(graph):
     kinds = {node.name: node.op_type for node in graph.graph.node if not node.name.startswith("/head/")}
     quantised = {use.node for use in placement(graph)}
     assert quantised == {name for name, kind in kinds.items() if kind in ("Conv", "Add")}
-    shortcuts = [use.tensor for use in placement(graph) if kinds[use.node] == "Add" and "/student/" in use.node]
-    assert [name.split("/")[2] for name in shortcuts] == ["summary", "layer3", "layer2", "layer1"]
-    assert "/downsample/" in shortcuts[0]
-    assert all("DepthToSpace" in name for name in shortcuts[1:])
+    adds = [use.tensor for use in placement(graph) if kinds[use.node] == "Add" and "/student/" in use.node]
+    assert [name.split("/")[2] for name in adds] == ["layer3", "layer3", "layer2", "layer1"]
+    assert ["DepthToSpace" in name for name in adds] == [True, False, True, True]  # what comes into the block
 
 
 @pytest.mark.parametrize("network", ["/teacher/", "/student/"])

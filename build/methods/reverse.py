@@ -72,9 +72,8 @@ class Reconstruction(nn.Module):
         w1, w2, w3, w4 = channels.values()
         self.enter1 = nn.Sequential(halved(w1, w2), halved(w2, w3))
         self.enter2 = halved(w2, w3)
-        shortcut = nn.Sequential(nn.Conv2d(3 * w3, w4, 1, 2, bias=False), nn.BatchNorm2d(w4))
-        self.summary = models.resnet.BasicBlock(3 * w3, w4, 2, shortcut)
-        self.layer3, self.layer2, self.layer1 = doubled(w4, w3), doubled(w3, w2), doubled(w2, w1)
+        self.summary = halved(3 * w3, w4)
+        self.layer3, self.layer2, self.layer1 = doubled(w4, w3, blocks=2), doubled(w3, w2), doubled(w2, w1)
 
     def forward(self, teacher: Features) -> Features:
         layer1, layer2, layer3 = teacher
@@ -89,10 +88,10 @@ def halved(width: int, to: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(width, to, 3, 2, 1, bias=False), nn.BatchNorm2d(to), nn.ReLU())
 
 
-def doubled(width: int, to: int) -> nn.Module:
-    """To twice the height and width, then a residual block."""
+def doubled(width: int, to: int, blocks: int = 1) -> nn.Module:
+    """To twice the height and width, then residual blocks."""
     larger = (nn.Conv2d(width, 4 * to, 1, bias=False), nn.BatchNorm2d(4 * to), nn.ReLU(), nn.PixelShuffle(2))
-    return nn.Sequential(*larger, models.resnet.BasicBlock(to, to))
+    return nn.Sequential(*larger, *(models.resnet.BasicBlock(to, to) for _ in range(blocks)))
 
 
 class TeacherThenStudent(TwoPyramids):
