@@ -37,6 +37,9 @@ OWN_OPTIONS = ("teacher_epochs", "variant", "attention")
 # of training, by the names of the fields of its recipe
 RECIPE_OPTIONS = ("epochs", "batch", "learning_rate", "seed", "patience", "bfloat16", "turned", "share")
 
+# of the deepest features that a method compares or makes a summary of
+STRIDE = 32
+
 ALL = "all"
 
 AGAIN = "run the same command again, it goes on where it stopped"
@@ -296,6 +299,14 @@ def _add_training(options: argparse.ArgumentParser) -> None:
     add("--seed", type=_from_zero, default=recipe.seed, help=f"default: {recipe.seed}")
     add("--roi", type=_region, metavar="X,Y,W,H", help="look only at this part of the frame, in pixels")
     add(
+        "--size",
+        type=_size,
+        default=(256, 256),
+        metavar="N|WxH",
+        help=f"what a frame is made smaller to for the networks, multiples of {STRIDE}: more pixels show smaller "
+        "defects and take more time (default: 256)",
+    )
+    add(
         "--work",
         type=Path,
         default=default_work(),
@@ -315,13 +326,14 @@ def _job(chosen: argparse.Namespace) -> Job:
         raise ConfigError(
             "--patience with the one-cycle schedule, whose last epochs are its best: leave it out and choose --epochs"
         )
+    width, height = chosen.size
     return Job(
         chosen.data,
         chosen.category,
         chosen.teacher,
         method,
         recipe,
-        Preprocess(roi=chosen.roi),
+        Preprocess(height, width, chosen.roi),
         Steps(chosen.work),
         chosen.second_teacher,
     )
@@ -348,6 +360,16 @@ def _region(text: str) -> tuple[int, int, int, int]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"wanted four whole numbers X,Y,W,H, found {text}") from error
     return x, y, width, height
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(part) for part in (text.split("x") if "x" in text else (text, text)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"wanted one whole number or two as WIDTHxHEIGHT, found {text}") from error
+    if min(width, height) < 2 * STRIDE or width % STRIDE or height % STRIDE:
+        raise argparse.ArgumentTypeError(f"wanted multiples of {STRIDE} from {2 * STRIDE}, found {text}")
+    return width, height
 
 
 def _taps(text: str) -> tuple[str, ...]:

@@ -201,6 +201,14 @@ def test_wrong_command_line_is_code_2(arguments, capfd):
     assert ended.value.code == 2
 
 
+@pytest.mark.parametrize("size", ["32", "100", "256x100", "256x", "0x0", "-64", "256,256"])
+def test_a_size_that_the_networks_cannot_halve_is_code_2(size, out, parts, capfd):
+    with pytest.raises(SystemExit) as ended:
+        build(out, parts, f"--size={size}")
+    assert ended.value.code == 2
+    assert size in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -214,13 +214,14 @@ def test_what_it_has_no_decoder_for_is_refused():
         Reverse(backbone="resnet50")
 
 
-def test_from_photos_to_a_bundle(bundles, tmp_path, capsys):
+def test_from_photos_to_a_bundle(tmp_path, capsys):
     write_dataset(tmp_path / "photos", "bushing", 24, 4)
     words = ["--category", "bushing", "--data", str(tmp_path / "photos"), "--teacher", "builtin", "--epochs", "2"]
-    words += ["--work", str(tmp_path / "work"), "--method", "reverse", "--engine", "fp16"]
+    words += ["--work", str(tmp_path / "work"), "--method", "reverse", "--engine", "fp16", "--size", "128x96"]
     assert build_main([*words, "--out", str(tmp_path / "bundle")]) == 0
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest.method == "reverse"
+    assert (manifest.preprocess.width, manifest.preprocess.height) == (128, 96)
     settings = manifest.training.settings
     assert (settings["schedule"], settings["batch"], settings["epochs"]) == ("one-cycle", 8, 2)
     capsys.readouterr()
