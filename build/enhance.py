@@ -111,9 +111,10 @@ def enhance(teacher: nn.Module, images: Task, preprocess: Preprocess, recipe: En
     features comparable. Deterministic by seed. A loss that is not finite: TrainingError.
     """
     torch.manual_seed(recipe.seed)
+    device = next(teacher.parameters()).device
     with torch.inference_mode():
-        channels = teacher(torch.zeros(1, 3, preprocess.height, preprocess.width))[-1].shape[1]
-    classifier = channels_last(Classifier(teacher, images.classes, channels)).requires_grad_(True).eval()
+        channels = teacher(torch.zeros(1, 3, preprocess.height, preprocess.width, device=device))[-1].shape[1]
+    classifier = channels_last(Classifier(teacher, images.classes, channels)).to(device).requires_grad_(True).eval()
     optimiser = torch.optim.SGD(classifier.parameters(), recipe.learning_rate, recipe.momentum)
     right = []
     progress = tqdm(range(recipe.epochs), desc="teacher", unit="epoch", disable=None, leave=False)
@@ -123,8 +124,8 @@ def enhance(teacher: nn.Module, images: Task, preprocess: Preprocess, recipe: En
         for start in range(0, len(order), recipe.batch):
             batch, labels = images.batch(order[start : start + recipe.batch], random)
             pixels = torch.from_numpy(np.concatenate([preprocess.normalise(image) for image in batch]))
-            logits = classifier(pixels.to(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, torch.from_numpy(labels))
+            logits = classifier(pixels.to(device, memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits, torch.from_numpy(labels).to(device))
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"the loss of the teacher is {loss.item()} in epoch {number + 1} at learning rate "
@@ -133,7 +134,7 @@ def enhance(teacher: nn.Module, images: Task, preprocess: Preprocess, recipe: En
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            hits += int((logits.argmax(1).numpy() == labels).sum())
+            hits += int((logits.argmax(1).cpu().numpy() == labels).sum())
         right.append(hits / len(order))
         progress.set_postfix_str(f"{right[-1]:.1%} right")
     teacher.requires_grad_(False)
