@@ -156,6 +156,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--runs", type=count, default=300, help="frames per latency (default: 300)")
     add("--only", action="append", choices=CHECKS, metavar="CHECK", help=f"out of {', '.join(CHECKS)} (default: all)")
     add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    add(
+        "--tactic-sources",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAME,...",
+        help="as of stpm-compile, where a library that TensorRT takes kernels from is not installed",
+    )
     add("--work", type=Path, metavar="DIR", help="where TensorRT's timings are kept (default: ~/.cache/stpm-edge)")
     add("--probe", action="store_true", help="say which GPU there is and end")
     chosen = options.parse_args(arguments)
@@ -175,7 +181,8 @@ def _run(options: argparse.Namespace, failed: list[str]) -> None:
     from stpm.build.steps import default_work
 
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        job = Job(options.bundle, options.runs, Path(folder), options.work or default_work())
+        work = options.work or default_work()
+        job = Job(options.bundle, options.runs, Path(folder), work, tactic_sources=options.tactic_sources)
         report = check(job, options.only or list(CHECKS))
     failed += [each.name for each in report.checks if each.state == "failed"]
     if options.json:

@@ -63,6 +63,7 @@ class Job:
     sizes: Sizes = field(default_factory=Sizes)
     device: str = "cuda"  # of torch
     provider: str = "CUDAExecutionProvider"  # of ONNX Runtime
+    tactic_sources: tuple[str, ...] | None = None  # of PlanOptions
     plans: dict[tuple[Path, str], Any] = field(default_factory=dict)  # compiled bundles: gpu/engines.py
 
 

@@ -73,7 +73,8 @@ def with_plan(job: Job, path: Path, variant: str = "plain") -> tuple[Bundle, flo
         try:
             bundle = open_bundle(path)
             shutil.copytree(path, copy)
-            options = PlanOptions(tuple(sorted({1, *job.sizes.batches})), **VARIANTS[variant])
+            batches = tuple(sorted({1, *job.sizes.batches}))
+            options = PlanOptions(batches, tactic_sources=job.tactic_sources, **VARIANTS[variant])
             compile_bundle(open_bundle(copy), options, job.work)
             job.plans[key] = open_bundle(copy), perf_counter() - started
             assert bundle.manifest.graph == job.plans[key][0].manifest.graph
