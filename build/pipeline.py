@@ -1,5 +1,6 @@
 """From a folder of good parts to a teacher, a trained student and the images: what every bundle is made from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from torch import nn
 
 from stpm.build.curve import History
 from stpm.build.enhance import Enhancement, enhance, task
+from stpm.build.equalise import equalise, spreads
 from stpm.build.methods.base import Method, described
-from stpm.build.pyramid import weights_hash
+from stpm.build.pyramid import Pyramid, weights_hash
 from stpm.build.steps import STEP_VERSION, Inputs, Steps
 from stpm.build.train import Recipe, split, train
 from stpm.build.weights import load_into, read_weights, write_weights
@@ -67,13 +69,15 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
     )
     if method.teacher_epochs:
         _enhance(job, teacher, normals, photos_sha256)
+    if method.equalised:
+        _equalise(job, teacher, normals, photos_sha256)
     student = method.new_student(job.recipe.seed)
     trained = None
     if student_file is not None:
-        if method.teacher_epochs:
+        if method.teacher_epochs or method.equalised:
             raise ConfigError(
-                f"a student of {method.name} belongs to its enhanced teacher, which is not in {student_file}: leave "
-                "--student out, what was done before is re-used"
+                f"a student of {method.name} belongs to its teacher as it was fitted to the photos, which is not in "
+                f"{student_file}: leave --student out, what was done before is re-used"
             )
         load_into(student, read_weights(student_file), str(student_file))
         warn(
@@ -103,16 +107,39 @@ def _enhance(job: Job, teacher: nn.Module, normals: Images, photos_sha256: list[
         print(f"teacher: tells {what}, {', '.join(f'{share:.1%}' for share in right)} right by epoch", flush=True)
         write_weights(folder / "teacher.npz", teacher.state_dict())
 
-    inputs: Inputs = {
-        "version": STEP_VERSION,
-        "teacher": weights_hash(teacher.state_dict()),
+    inputs = _images_trained_on(job, photos_sha256)
+    inputs |= {f"images of {name}": images_hash(photos, job.preprocess) for name, photos in hashes.items()}
+    _teacher_step(job, teacher, inputs | msgspec.structs.asdict(recipe), produce)
+
+
+def _equalise(job: Job, teacher: nn.Module, normals: Images, photos_sha256: list[str]) -> None:
+    """Divide the channels of the teacher, in place, by how much each varies on the parts that are trained on."""
+
+    def produce(folder: Path) -> None:
+        assert isinstance(teacher, Pyramid)
+        training, _ = split(len(normals.paths), job.recipe)
+        found = spreads(teacher, normals.pixels[training], job.preprocess)
+        equalise(teacher, found)
+        strongest = ", ".join(f"{float(spread.max() / spread.min()):.0f}" for spread in found)
+        print(f"teacher: the strongest channel varied {strongest} times as much as the weakest, by layer", flush=True)
+        write_weights(folder / "teacher.npz", teacher.state_dict())
+
+    _teacher_step(job, teacher, _images_trained_on(job, photos_sha256) | {"fit": "equalise"}, produce)
+
+
+def _images_trained_on(job: Job, photos_sha256: list[str]) -> Inputs:
+    return {
         "images": images_hash(photos_sha256, job.preprocess),
+        "seed": job.recipe.seed,
         "held_out": job.recipe.held_out,
         "share": job.recipe.share,
-        **{f"images of {name}": images_hash(photos, job.preprocess) for name, photos in hashes.items()},
-        **msgspec.structs.asdict(recipe),
     }
-    load_into(teacher, read_weights(job.steps.run("teacher", inputs, produce) / "teacher.npz"), "the enhanced teacher")
+
+
+def _teacher_step(job: Job, teacher: nn.Module, inputs: Inputs, produce: Callable[[Path], None]) -> None:
+    """Load into the teacher what `produce` makes of it, or made before."""
+    inputs = {"version": STEP_VERSION, "teacher": weights_hash(teacher.state_dict()), **inputs}
+    load_into(teacher, read_weights(job.steps.run("teacher", inputs, produce) / "teacher.npz"), "the fitted teacher")
 
 
 def _normals_beside(other: Dataset, preprocess: Preprocess) -> Image:

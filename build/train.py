@@ -61,6 +61,7 @@ class OneCycle(Recipe, frozen=True, forbid_unknown_fields=True):
     """AdamW, whose rate rises to `learning_rate` in the first tenth of the run and falls to nothing until its end."""
 
     schedule: str = "one-cycle"
+    epochs: int = 60
     batch: int = 8
     learning_rate: float = 2e-3
 

@@ -35,6 +35,10 @@ class Method(Protocol):
     def teacher_epochs(self) -> int:
         """For so many epochs the teacher first learns to tell the user's parts apart."""
 
+    @property
+    def equalised(self) -> bool:
+        """Whether the teacher's channels are first divided by how much they vary on the user's parts."""
+
     def load_teacher(self, source: str, second: str) -> nn.Module:
         """Frozen and in eval mode: float32 N×3×H×W → its features. Sources as in `weights.load_teacher`; `second` is
         empty where the caller says nothing of a second one."""

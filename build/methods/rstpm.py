@@ -46,6 +46,7 @@ class Rstpm:
     name: ClassVar[str] = "rstpm"
     schedule: ClassVar[str] = "constant"
     teacher_epochs: ClassVar[int] = 0
+    equalised: ClassVar[bool] = False
     fused: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

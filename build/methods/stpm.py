@@ -24,6 +24,7 @@ class Stpm:
     name: ClassVar[str] = "stpm"
     schedule: ClassVar[str] = "constant"
     teacher_epochs: ClassVar[int] = 0
+    equalised: ClassVar[bool] = False
     fused: ClassVar[bool] = True
 
     def load_teacher(self, source: str, second: str) -> Pyramid:
