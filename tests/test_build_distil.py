@@ -57,8 +57,9 @@ def test_it_computes_what_the_quantised_graph_computes(graphs, pixels, network):
     assert [tuple(tap.shape[1:]) for tap in found] == [(64, 64, 64), (128, 32, 32), (256, 16, 16)]
     for tap, ours, floats in zip(found, wanted, plain, strict=True):
         rounding = np.abs(ours - floats).mean()
-        # a value on the edge of two steps may fall to either side, and the layers after it carry that on
-        assert np.abs(tap.numpy() - ours).mean() < 0.3 * rounding
+        # A value half way between two steps may fall to either side, and the layers after it carry that on; step by
+        # step, where nothing is carried, tests/test_build_reverse.py compares.
+        assert np.abs(tap.numpy() - ours).mean() < 0.7 * rounding
         assert rounding > 0
 
 
