@@ -140,6 +140,7 @@ class Assembly:
             self.wish.calibration_images,
             fine_tuning,
             self.job.steps,
+            self.job.device,
         )
 
     @cached_property

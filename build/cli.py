@@ -11,6 +11,7 @@ import torch
 from stpm.build.assemble import Wish, build_bundle, check_out
 from stpm.build.compile import BACKENDS, Compiler, OpenVinoCompiler, TensorRtCompiler
 from stpm.build.curve import learning_curve
+from stpm.build.device import DEVICES, device_of
 from stpm.build.gpu.cli import add_plan_options, plan_options
 from stpm.build.methods import METHODS
 from stpm.build.methods.base import Method
@@ -288,7 +289,7 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train on the images turned and mirrored: for parts that lie at any angle",
     )
-    add("--bfloat16", action="store_true", help="train in bfloat16: faster where the CPU has it")
+    add("--bfloat16", action="store_true", help="train in bfloat16: faster where the CPU or GPU has it")
     add(
         "--share",
         type=_share_or_all,
@@ -313,6 +314,7 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where finished steps are kept for re-use (default: ~/.cache/stpm-edge)",
     )
+    add("--device", choices=DEVICES, default="auto", help="to train on (default: a GPU if torch finds one)")
     add("--threads", type=count, metavar="N", help="CPU threads for training (default: all)")
 
 
@@ -336,6 +338,7 @@ def _job(chosen: argparse.Namespace) -> Job:
         Preprocess(height, width, chosen.roi),
         Steps(chosen.work),
         chosen.second_teacher,
+        device_of(chosen.device),
     )
 
 

@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import nn
 
+from stpm.build.device import on
 from stpm.build.fake_quant import FakeQuantNetwork
 from stpm.build.methods.base import Method
 from stpm.build.train import Recipe, train
@@ -41,6 +42,7 @@ def distil(
     preprocess: Preprocess,
     recipe: FineTuning,
     folder: Path,
+    device: str,
 ) -> tuple[onnx.ModelProto, int]:
     """The float `graph` with a student fine-tuned for the ranges in `quantised`, to be quantised again with the same;
     and the best epoch.
@@ -49,5 +51,6 @@ def distil(
     """
     teacher = FakeQuantNetwork(quantised, "/teacher/").requires_grad_(False)
     student = FakeQuantNetwork(quantised, "/student/")
-    trained = train(method, teacher, student, pixels, preprocess, recipe, folder)
+    with on(device, teacher, student):
+        trained = train(method, teacher, student, pixels, preprocess, recipe, folder)
     return student.into(graph), trained.best_epoch

@@ -111,7 +111,7 @@ def _fake_quant_weight(weight: torch.Tensor) -> torch.Tensor:
     """Per output channel, with the scale that `quantise` will give this weight."""
     largest = weight.detach().abs().flatten(1).amax(1)
     scale = largest.clamp(min=SMALLEST_RANGE) / WEIGHT_STEPS
-    zero = torch.zeros(len(scale), dtype=torch.int32)
+    zero = torch.zeros(len(scale), dtype=torch.int32, device=scale.device)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -WEIGHT_STEPS, WEIGHT_STEPS)
 
 

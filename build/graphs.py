@@ -40,6 +40,7 @@ class Graphs:
     calibration_images: int
     fine_tuning: FineTuning
     steps: Steps
+    device: str  # to fine-tune on
 
     @cached_property
     def fp32(self) -> onnx.ModelProto:
@@ -114,7 +115,7 @@ class Graphs:
             print("distilling: the student learns to round like the quantised teacher", flush=True)
             quantised = quantise(self.fp32, self.ranges(setting.observer), in_float=setting.fp16_layers)
             graph, best_epoch = distil(
-                self.method, self.fp32, quantised, self.pixels, self.preprocess, self.fine_tuning, folder
+                self.method, self.fp32, quantised, self.pixels, self.preprocess, self.fine_tuning, folder, self.device
             )
             onnx.save(graph, folder / "graph.onnx")
             (folder / "training.json").write_bytes(msgspec.json.encode(best_epoch))

@@ -8,6 +8,7 @@ import msgspec
 from torch import nn
 
 from stpm.build.curve import History
+from stpm.build.device import on
 from stpm.build.enhance import Enhancement, enhance, task
 from stpm.build.equalise import equalise, spreads
 from stpm.build.methods.base import Method, described
@@ -41,6 +42,7 @@ class Job:
     preprocess: Preprocess
     steps: Steps
     second_teacher: str = ""
+    device: str = "cpu"  # to train on; what is made differs by rounding only
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def _enhance(job: Job, teacher: nn.Module, normals: Images, photos_sha256: list[
         # the region of interest is of this product's camera
         whole = msgspec.structs.replace(job.preprocess, roi=None)
         images = [normals.pixels[training], *(_normals_beside(other, whole) for other in others)]
-        right = enhance(teacher, task(images), job.preprocess, recipe)
+        with on(job.device, teacher):
+            right = enhance(teacher, task(images), job.preprocess, recipe)
         what = f"{job.category} from {', '.join(hashes)}" if hashes else "images with a pasted patch from others"
         print(f"teacher: tells {what}, {', '.join(f'{share:.1%}' for share in right)} right by epoch", flush=True)
         write_weights(folder / "teacher.npz", teacher.state_dict())
@@ -152,7 +155,8 @@ def _normals_beside(other: Dataset, preprocess: Preprocess) -> Image:
 def _train_step(job: Job, teacher: nn.Module, normals: Images, photos_sha256: list[str]) -> Path:
     def produce(folder: Path) -> None:
         student = job.method.new_student(job.recipe.seed)
-        trained = train(job.method, teacher, student, normals.pixels, job.preprocess, job.recipe, folder)
+        with on(job.device, teacher, student):
+            trained = train(job.method, teacher, student, normals.pixels, job.preprocess, job.recipe, folder)
         write_weights(folder / "student.npz", student.state_dict())
         facts = StudentFile(trained.best_epoch, [(epoch.loss, epoch.validation) for epoch in trained.history])
         (folder / "training.json").write_bytes(msgspec.json.encode(facts))

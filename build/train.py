@@ -111,6 +111,7 @@ class TrainingSet:
     """Preprocessed batches and the method's targets for a set of uint8 images, the targets cached if they fit.
 
     Each image is there in every way of `turn`, if it is to be turned: image i of N in way w has the index w·N + i.
+    What it gives is where the teacher is; the cache is in the memory of the CPU.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class TrainingSet:
         turned: bool = False,
     ) -> None:
         self.pixels, self.preprocess, self.method, self.teacher = pixels, preprocess, method, teacher
+        self.device = next(teacher.parameters()).device
         self.ways = (8 if preprocess.height == preprocess.width else 4) if turned else 1
         self.cache: Features | None = None
         one, count = self._compute(np.arange(1)), self.ways * len(pixels)
@@ -139,12 +141,12 @@ class TrainingSet:
     def input(self, indices: np.ndarray) -> torch.Tensor:
         turned = [turn(self.pixels[index % len(self)], index // len(self)) for index in indices]
         batch = np.concatenate([self.preprocess.normalise(image) for image in turned])
-        return torch.from_numpy(batch).to(memory_format=torch.channels_last)
+        return torch.from_numpy(batch).to(self.device, memory_format=torch.channels_last)
 
     def targets(self, indices: np.ndarray) -> Features:
         if self.cache is None:
             return self._compute(indices)
-        return [cached[indices].to(torch.float32) for cached in self.cache]
+        return [cached[indices].to(self.device, torch.float32) for cached in self.cache]
 
     def _compute(self, indices: np.ndarray) -> Features:
         # not inference_mode: a student may begin with what the teacher says, and learn through it
@@ -162,7 +164,7 @@ def train(
     folder: Path,
 ) -> Trained:
     """Train `student`, in place, on uint8 N×H×W×3 normals until its features are those of `teacher`; both give one
-    N×C×h×w per tap. `folder` keeps the checkpoint; a stopped run in it is continued.
+    N×C×h×w per tap and are on the same device. `folder` keeps the checkpoint; a stopped run in it is continued.
 
     The student ends with the weights of the epoch with the lowest validation score. A loss that is not finite:
     TrainingError.
@@ -177,7 +179,7 @@ def train(
     best: dict[str, Any] = {"validation": math.inf, "epoch": 0, "student": {}}
     history: list[Epoch] = []
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, map_location=train_set.device, weights_only=True)
         student.load_state_dict(saved["student"])
         optimiser.load_state_dict(saved["optimiser"])
         best, history = saved["best"], [Epoch(*epoch) for epoch in saved["history"]]
@@ -246,7 +248,7 @@ def _train_epoch(
     for start in range(0, len(order), recipe.batch):
         indices = order[start : start + recipe.batch]
         targets = images.targets(indices)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.bfloat16):
             features = method.answer(student, images.input(indices), targets)
         loss = method.loss(targets, [feature.float() for feature in features])
         if not torch.isfinite(loss):

@@ -109,7 +109,7 @@ def test_distillation_brings_the_quantised_networks_closer(graphs, pixels, tmp_p
     """On held-out parts, computed by ONNX Runtime on the graph that ships."""
     graph, ranges, quantised = graphs
     recipe = FineTuning(epochs=3, batch=4, seed=0)
-    distilled, best_epoch = distil(METHOD, graph, quantised, pixels, SPEC, recipe, tmp_path)
+    distilled, best_epoch = distil(METHOD, graph, quantised, pixels, SPEC, recipe, tmp_path, "cpu")
     assert 1 <= best_epoch <= 3
     tuned = quantise(distilled, ranges)
     _, held_out = split(len(pixels), recipe)

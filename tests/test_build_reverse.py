@@ -189,7 +189,7 @@ def test_fine_tuning_against_the_quantised_teacher_goes_back_into_the_graph(grap
     quantised = quantise(graph, ranges)
     before = FakeQuantNetwork(quantised, "/student/")
     recipe = FineTuning(epochs=2, batch=4, learning_rate=1e-3, seed=0)
-    tuned, _ = distil(METHOD, graph, quantised, pixels, SMALL, recipe, tmp_path)
+    tuned, _ = distil(METHOD, graph, quantised, pixels, SMALL, recipe, tmp_path, "cpu")
     after = FakeQuantNetwork(quantise(tuned, ranges), "/student/")
     teacher = FakeQuantNetwork(quantised, "/teacher/")
     with torch.inference_mode():

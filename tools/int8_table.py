@@ -80,7 +80,7 @@ def _fine_tuned(graphs: Graphs, steps: Steps) -> onnx.ModelProto:
     def produce(folder: Path) -> None:
         unquantised = quantise(graphs.fp32, {}, in_float=convolutions(graphs.fp32))
         spec, recipe = graphs.preprocess, graphs.fine_tuning
-        tuned, _ = distil(graphs.method, graphs.fp32, unquantised, graphs.pixels, spec, recipe, folder)
+        tuned, _ = distil(graphs.method, graphs.fp32, unquantised, graphs.pixels, spec, recipe, folder, graphs.device)
         onnx.save(tuned, folder / "graph.onnx")
 
     weights = {name: weights_hash(getattr(graphs, name).state_dict()) for name in ("teacher", "student")}

@@ -1,0 +1,39 @@
+"""What training runs on: the CPU, or a GPU that torch can use."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from stpm.edge.errors import ConfigError, TrainingError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def device_of(wish: str) -> str:
+    """`cpu` or `cuda`; `auto` is the latter where there is one. A wish for `cuda` where there is none: ConfigError."""
+    found = torch.cuda.is_available()
+    if wish == "cuda" and not found:
+        raise ConfigError(
+            f"wanted an NVIDIA GPU for --device cuda, but torch {torch.__version__} finds none: install its driver "
+            "and a torch built for CUDA, or train with --device cpu"
+        )
+    return "cuda" if found and wish != "cpu" else "cpu"
+
+
+@contextmanager
+def on(device: str, *networks: nn.Module) -> Iterator[None]:
+    """The networks, in place, on this device, and on the CPU again at the end. Its memory too small: TrainingError."""
+    try:
+        for network in networks:
+            network.to(device)
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the memory of the GPU is too small for this training ({str(error).split('.')[0]}): give a smaller "
+            "--batch, or train with --device cpu"
+        ) from error
+    finally:
+        for network in networks:
+            network.to("cpu")
