@@ -1,11 +1,24 @@
 """Where training runs, and that the networks come back from there."""
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from stpm.build import train as training
 from stpm.build.cli import train_main
 from stpm.build.device import device_of, on
+from stpm.build.export import export_graph
+from stpm.build.fake_quant import FakeQuantNetwork
+from stpm.build.methods import METHODS
+from stpm.build.train import TrainingSet
+from stpm.calibration.qdq import activations, quantise
 from stpm.edge.errors import TrainingError
+from stpm.edge.preprocess import Preprocess
+
+SMALL = Preprocess(height=64, width=64)
+PIXELS = np.zeros((4, 64, 64, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +58,50 @@ def test_networks_come_back_also_when_the_memory_of_the_gpu_was_too_small():
     with pytest.raises(TrainingError, match="smaller --batch"), on("cuda", network):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
     assert network.sent == ["cuda", "cpu"] * 2
+
+
+class NeverMixed(TorchDispatchMode):
+    """No operation on tensors of two devices, single numbers and copies from one to the other apart."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.ndim]
+        devices = {tensor.device.type for tensor in tensors}
+        assert len(devices) <= 1 or "copy" in str(function), f"{function} of {devices}"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_training_stays_on_the_device_of_the_teacher(name, cached, monkeypatch):
+    """`meta`, the device without memory, in the place of a GPU: it shows where everything is, and no values."""
+    monkeypatch.setattr(training, "CACHE_BYTES", 0)
+    method, some = METHODS[name](), np.arange(2)
+    teacher, student = method.load_teacher("builtin", ""), method.new_student(0).to("meta")
+    here = TrainingSet(PIXELS, SMALL, method, teacher, "").targets(np.arange(4))
+    images = TrainingSet(PIXELS, SMALL, method, teacher.to("meta"), "")
+    images.cache = [target.half() for target in here] if cached else None
+    with NeverMixed():
+        targets = images.targets(some)
+        loss = method.loss(targets, method.answer(student, images.input(some), targets))
+        loss.backward()
+        validation = method.validation(targets, method.answer(student, images.input(some), targets), 64)
+    assert {loss.device.type, validation.device.type} == {"meta"}
+    assert [tuple(target.shape) for target in targets] == [tuple(target[some].shape) for target in here]
+
+
+def test_fine_tuning_for_int8_stays_on_its_device(monkeypatch):
+    def rounded(values, *grid):
+        assert {each.device.type for each in grid if isinstance(each, torch.Tensor)} <= {values.device.type}
+        return values.clone()
+
+    # torch has no form of these for `meta`
+    for name in ("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"):
+        monkeypatch.setattr(torch, name, rounded)
+    method = METHODS["stpm"]()
+    graph = export_graph(method.graph(method.load_teacher("builtin", ""), method.new_student(0).eval(), 64, 64), SMALL)
+    quantised = quantise(graph, dict.fromkeys(activations(graph), 1.0))
+    student = FakeQuantNetwork(quantised, "/student/").to("meta")
+    with NeverMixed():
+        features = student(torch.zeros(1, 3, 64, 64, device="meta"))
+        torch.stack([feature.sum() for feature in features]).sum().backward()
+    assert {weight.grad.device.type for weight in student.weights.values()} == {"meta"}
