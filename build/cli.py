@@ -11,7 +11,7 @@ import torch
 from stpm.build.assemble import Wish, build_bundle, check_out
 from stpm.build.compile import BACKENDS, Compiler, OpenVinoCompiler, TensorRtCompiler
 from stpm.build.curve import learning_curve
-from stpm.build.device import DEVICES, device_of
+from stpm.build.device import DEVICES, device_of, emulates_bfloat16
 from stpm.build.gpu.cli import add_plan_options, plan_options
 from stpm.build.methods import METHODS
 from stpm.build.methods.base import Method
@@ -27,7 +27,7 @@ from stpm.calibration.evaluation import shown
 from stpm.calibration.ranges import OBSERVERS
 from stpm.calibration.thresholds import described, threshold_rule
 from stpm.edge.cli import count, positive, share
-from stpm.edge.command import parser, run_command
+from stpm.edge.command import parser, run_command, warn
 from stpm.edge.errors import ConfigError, InputError, StpmError
 from stpm.edge.manifest import Limits, Manifest, Setting
 from stpm.edge.preprocess import Preprocess
@@ -328,6 +328,9 @@ def _job(chosen: argparse.Namespace) -> Job:
         raise ConfigError(
             "--patience with the one-cycle schedule, whose last epochs are its best: leave it out and choose --epochs"
         )
+    device = device_of(chosen.device)
+    if recipe.bfloat16 and emulates_bfloat16(device):
+        warn("this CPU has no bfloat16 arithmetic and is many times slower with it: leave --bfloat16 out")
     width, height = chosen.size
     return Job(
         chosen.data,
@@ -338,7 +341,7 @@ def _job(chosen: argparse.Namespace) -> Job:
         Preprocess(height, width, chosen.roi),
         Steps(chosen.work),
         chosen.second_teacher,
-        device_of(chosen.device),
+        device,
     )
 
 

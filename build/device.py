@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from stpm.edge.errors import ConfigError, TrainingError
 
 DEVICES = ("auto", "cpu", "cuda")
+CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def device_of(wish: str) -> str:
@@ -20,6 +22,12 @@ def device_of(wish: str) -> str:
             "and a torch built for CUDA, or train with --device cpu"
         )
     return "cuda" if found and wish != "cpu" else "cpu"
+
+
+def emulates_bfloat16(device: str) -> bool:
+    """Whether it has no arithmetic for it: x86 names that avx512_bf16 or amx_bf16, Arm bf16. GPUs before Ampere
+    emulate it too, but fast enough."""
+    return device == "cpu" and "bf16" not in CPU_FACTS.read_text()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stpm.build import device
 from stpm.build import train as training
 from stpm.build.cli import train_main
 from stpm.build.device import device_of, on
@@ -40,6 +41,26 @@ def test_cuda_without_a_gpu_is_refused_before_anything_is_read(monkeypatch, tmp_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train_main(f"--category x --data {tmp_path} --device cuda".split()) == 2
     assert "wanted an NVIDIA GPU for --device cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("facts", "option", "warned"),
+    [
+        ("flags : fpu avx512f avx512_vnni", "--bfloat16", True),
+        ("flags : fpu avx512f avx512_bf16", "--bfloat16", False),
+        ("Features : fp asimd bf16", "--bfloat16", False),
+        ("flags : fpu", "", False),
+    ],
+)
+def test_a_cpu_that_emulates_bfloat16_is_named_before_the_training(
+    monkeypatch, tmp_path, capsys, facts, option, warned
+):
+    monkeypatch.setattr(device, "CPU_FACTS", tmp_path / "cpuinfo")
+    device.CPU_FACTS.write_text(facts)
+    assert (
+        train_main(f"--category x --data {tmp_path / 'nowhere'} --teacher builtin --device cpu {option}".split()) == 3
+    )
+    assert ("this CPU has no bfloat16" in capsys.readouterr().out) == warned
 
 
 class Elsewhere(torch.nn.Linear):
