@@ -33,7 +33,7 @@ from stpm.edge.bundle import MANIFEST, file_hash
 from stpm.edge.command import warn
 from stpm.edge.engine import Engine
 from stpm.edge.engine.openvino import OpenVinoEngine
-from stpm.edge.errors import AccuracyError, EngineError, InputError, TrainingError
+from stpm.edge.errors import AccuracyError, DeviceError, EngineError, InputError, TrainingError
 from stpm.edge.manifest import (
     SCHEMA,
     Calibration,
@@ -181,6 +181,8 @@ class Assembly:
             print(f"int8: {name_of(setting)}", flush=True)
             try:
                 measured = self._measured(self.graphs.int8(setting))
+            except DeviceError:
+                raise  # another setting would not fit either
             except (EngineError, InputError, TrainingError) as error:
                 # a worse setting may give scores that are not finite or all the same; another one need not
                 warn(f"int8 {name_of(setting)} cannot be used ({error})")

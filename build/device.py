@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stpm.edge.errors import ConfigError, TrainingError
+from stpm.edge.errors import ConfigError, DeviceError
 
 DEVICES = ("auto", "cpu", "cuda")
 CPU_FACTS = Path("/proc/cpuinfo")
@@ -27,20 +27,20 @@ def device_of(wish: str) -> str:
 def emulates_bfloat16(device: str) -> bool:
     """Whether it has no arithmetic for it: x86 names that avx512_bf16 or amx_bf16, Arm bf16. GPUs before Ampere
     emulate it too, but fast enough."""
-    return device == "cpu" and "bf16" not in CPU_FACTS.read_text()
+    return device == "cpu" and CPU_FACTS.is_file() and "bf16" not in CPU_FACTS.read_text()
 
 
 @contextmanager
 def on(device: str, *networks: nn.Module) -> Iterator[None]:
-    """The networks, in place, on this device, and on the CPU again at the end. Its memory too small: TrainingError."""
+    """The networks, in place, on this device, and on the CPU again at the end. Its memory too small: DeviceError."""
     try:
         for network in networks:
             network.to(device)
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the memory of the GPU is too small for this training ({str(error).split('.')[0]}): give a smaller "
-            "--batch, or train with --device cpu"
+        raise DeviceError(
+            f"the GPU has not enough free memory for this training ({str(error).split('.')[0]}): end what else uses "
+            "it, or train with --device cpu"
         ) from error
     finally:
         for network in networks:

@@ -15,7 +15,7 @@ from stpm.build.fake_quant import FakeQuantNetwork
 from stpm.build.methods import METHODS
 from stpm.build.train import TrainingSet
 from stpm.calibration.qdq import activations, quantise
-from stpm.edge.errors import TrainingError
+from stpm.edge.errors import DeviceError
 from stpm.edge.preprocess import Preprocess
 
 SMALL = Preprocess(height=64, width=64)
@@ -76,7 +76,7 @@ def test_networks_come_back_also_when_the_memory_of_the_gpu_was_too_small():
     with on("cuda", network):
         assert network.sent == ["cuda"]
     assert network.sent == ["cuda", "cpu"]
-    with pytest.raises(TrainingError, match="smaller --batch"), on("cuda", network):
+    with pytest.raises(DeviceError, match="--device cpu"), on("cuda", network):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
     assert network.sent == ["cuda", "cpu"] * 2
 
@@ -105,7 +105,7 @@ def test_training_stays_on_the_device_of_the_teacher(name, cached, monkeypatch):
         targets = images.targets(some)
         loss = method.loss(targets, method.answer(student, images.input(some), targets))
         loss.backward()
-        validation = method.validation(targets, method.answer(student, images.input(some), targets), 64)
+        validation = method.validation(targets, method.answer(student, images.input(some), targets), (64, 64))
     assert {loss.device.type, validation.device.type} == {"meta"}
     assert [tuple(target.shape) for target in targets] == [tuple(target[some].shape) for target in here]
 

@@ -16,7 +16,7 @@ from stpm.calibration.gate import Measured, compare, cross_fitted, drops, name_o
 from stpm.calibration.ranges import OBSERVERS
 from stpm.calibration.scratches import with_faint_scratches
 from stpm.edge.bundle import open_bundle
-from stpm.edge.errors import EngineError
+from stpm.edge.errors import DeviceError, EngineError
 from stpm.edge.manifest import Accuracy, Attempt, Gate, Limits, Setting, Threshold
 
 QAD = Setting("qad", "mse")
@@ -163,6 +163,18 @@ def test_layers_stay_fp16_when_nothing_else_passes(parts, bundles, tmp_path, mon
     report = (tmp_path / "bundle" / "report.html").read_text()
     assert all(layer in report for layer in layers)
     assert "qad mse, 2 FP16" in capfd.readouterr().out
+
+
+def test_a_gpu_too_small_for_the_fine_tuning_ends_the_build_and_is_no_verdict_on_a_setting(
+    parts, bundles, tmp_path, monkeypatch, capfd
+):
+    def distil(*arguments):
+        raise DeviceError("the GPU has not enough free memory")
+
+    monkeypatch.setattr(graphs, "distil", distil)
+    assert build_main(words(parts, bundles, tmp_path / "bundle", "--seed 0 --qad-epochs 3")) == 5
+    assert "not enough free memory" in capfd.readouterr().err
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_an_engine_that_loses_too_much_is_never_written(parts, bundles, tmp_path, monkeypatch, capfd):
