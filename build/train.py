@@ -179,7 +179,7 @@ def train(
     best: dict[str, Any] = {"validation": math.inf, "epoch": 0, "student": {}}
     history: list[Epoch] = []
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=train_set.device, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         student.load_state_dict(saved["student"])
         optimiser.load_state_dict(saved["optimiser"])
         best, history = saved["best"], [Epoch(*epoch) for epoch in saved["history"]]
@@ -199,7 +199,7 @@ def train(
             tqdm.write(f"stopped after epoch {number}: none of the last {recipe.patience} was better on the held-out")
             break
         loss = _train_epoch(method, student, optimiser, train_set, recipe, number)
-        validation = _validate(method, student, validation_set, recipe, preprocess.height)
+        validation = _validate(method, student, validation_set, recipe)
         history.append(Epoch(loss, validation))
         if validation < best["validation"]:
             state = {name: value.clone() for name, value in student.state_dict().items()}
@@ -266,9 +266,9 @@ def _train_epoch(
 
 
 @torch.inference_mode()
-def _validate(method: Method, student: nn.Module, images: TrainingSet, recipe: Recipe, size: int) -> float:
+def _validate(method: Method, student: nn.Module, images: TrainingSet, recipe: Recipe) -> float:
     student.eval()
-    values = []
+    values, size = [], (images.preprocess.height, images.preprocess.width)
     for start in range(0, len(images), recipe.batch):
         indices = np.arange(start, min(start + recipe.batch, len(images)))
         targets = images.targets(indices)

@@ -13,7 +13,7 @@ from stpm.build.curve import learning_curve
 from stpm.build.methods import base
 from stpm.build.methods.stpm import Stpm
 from stpm.build.pyramid import Pyramid, weights_hash
-from stpm.build.train import Recipe, TrainingSet, split, train
+from stpm.build.train import OneCycle, Recipe, TrainingSet, split, train
 from stpm.build.weights import load_teacher
 from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Preprocess
@@ -85,8 +85,34 @@ def test_training_lowers_the_loss_and_keeps_the_best_epoch(teacher, pixels, tmp_
     assert not any(parameter.requires_grad for parameter in trained.student.parameters())
 
 
-def test_a_stopped_run_ends_with_the_same_weights(teacher, pixels, tmp_path, monkeypatch):
-    whole = run(teacher, pixels, _made(tmp_path / "whole"))
+def test_one_cycle_rises_for_a_tenth_and_falls_to_nothing():
+    recipe = OneCycle(learning_rate=2e-3)
+    rates = [recipe.rate(progress) for progress in np.linspace(0, 1, 101)]
+    assert rates[0] == pytest.approx(0.04 * 2e-3)
+    assert int(np.argmax(rates)) == 10
+    assert rates[10] == pytest.approx(2e-3)
+    assert rates[55] == pytest.approx(1e-3)
+    assert rates[100] == pytest.approx(0, abs=1e-9)
+    assert np.all(np.diff(rates[:11]) > 0)
+    assert np.all(np.diff(rates[10:]) < 0)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, OneCycle(epochs=3, batch=4)])
+def test_every_step_is_taken_at_the_rate_of_the_recipe(teacher, pixels, tmp_path, monkeypatch, recipe):
+    used = []
+    for optimiser in (torch.optim.SGD, torch.optim.AdamW):
+        step = optimiser.step
+        monkeypatch.setattr(
+            optimiser, "step", lambda self, step=step: (used.append(self.param_groups[0]["lr"]), step(self))
+        )
+    run(teacher, pixels, tmp_path, recipe)
+    # 8 images in batches of 4
+    assert used == pytest.approx([recipe.rate(number / 6) for number in range(6)])
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, OneCycle(epochs=3, batch=4)])
+def test_a_stopped_run_ends_with_the_same_weights(teacher, pixels, tmp_path, monkeypatch, recipe):
+    whole = run(teacher, pixels, _made(tmp_path / "whole"), recipe)
     original = training._validate
     calls = []
 
@@ -99,9 +125,9 @@ def test_a_stopped_run_ends_with_the_same_weights(teacher, pixels, tmp_path, mon
     folder = _made(tmp_path / "parts")
     monkeypatch.setattr(training, "_validate", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(teacher, pixels, folder)
+        run(teacher, pixels, folder, recipe)
     monkeypatch.setattr(training, "_validate", original)
-    resumed = run(teacher, pixels, folder)
+    resumed = run(teacher, pixels, folder, recipe)
     assert weights_hash(resumed.student.state_dict()) == weights_hash(whole.student.state_dict())
     assert resumed.history == whole.history
 

@@ -55,8 +55,9 @@ class Method(Protocol):
     def loss(self, targets: Features, student: Features) -> torch.Tensor:
         """A scalar to minimise."""
 
-    def validation(self, targets: Features, student: Features, size: int) -> torch.Tensor:
-        """One number per image; the checkpoint with the smallest mean over held-out normals is kept."""
+    def validation(self, targets: Features, student: Features, size: tuple[int, int]) -> torch.Tensor:
+        """One number per image, from maps of this height and width; the checkpoint with the smallest mean over
+        held-out normals is kept."""
 
     def graph(self, teacher: nn.Module, student: nn.Module, height: int, width: int) -> nn.Module:
         """Both networks and the head, batch norm folded: N×3×H×W → (anomaly map N×1×H×W, score N)."""

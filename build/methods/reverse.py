@@ -21,11 +21,10 @@ from torch.nn import functional as F
 from stpm.build.head import ProductHead
 from stpm.build.methods.base import Features
 from stpm.build.methods.stpm import Stpm, TwoPyramids
-from stpm.build.pyramid import TAPS, channels_of
+from stpm.build.pyramid import NARROW_BACKBONES, TAPS, channels_of
 from stpm.build.torchvision_cpu import models
 from stpm.edge.errors import ConfigError
 
-NARROW_BACKBONES = ("resnet18", "resnet34")  # the decoder is as wide as these, and made of their blocks
 HARD = 0.1  # share of the places
 
 

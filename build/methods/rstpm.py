@@ -89,9 +89,9 @@ class Rstpm:
         distances = [F.normalize(t, dim=1) - F.normalize(s, dim=1) for t, s in pairs]
         return torch.stack([distance.square().sum(1).mean() for distance in distances]).sum()
 
-    def validation(self, targets: Features, student: Features, size: int) -> torch.Tensor:
+    def validation(self, targets: Features, student: Features, size: tuple[int, int]) -> torch.Tensor:
         """The mean of the anomaly map, as with STPM."""
-        combined, _ = SumProductHead(size, size)(compared(targets), student)
+        combined, _ = SumProductHead(*size)(compared(targets), student)
         return combined.mean((1, 2, 3))
 
     def graph(self, teacher: nn.Module, student: nn.Module, height: int, width: int) -> nn.Module:

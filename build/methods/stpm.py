@@ -51,9 +51,9 @@ class Stpm:
         pairs = zip(targets, student, strict=True)
         return torch.stack([(t - F.normalize(s, dim=1)).square().sum(1).mean() for t, s in pairs]).sum()
 
-    def validation(self, targets: Features, student: Features, size: int) -> torch.Tensor:
+    def validation(self, targets: Features, student: Features, size: tuple[int, int]) -> torch.Tensor:
         """The mean of the anomaly map, as the authors' code selects its checkpoint."""
-        product, _ = ProductHead(size, size)(targets, student)
+        product, _ = ProductHead(*size)(targets, student)
         return product.mean((1, 2, 3))
 
     def graph(self, teacher: nn.Module, student: nn.Module, height: int, width: int) -> nn.Module:
