@@ -1,7 +1,5 @@
 """The built-in teacher's school: the pictures, the two views of one, and that a network learns from them."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -61,8 +59,7 @@ def test_a_network_learns_to_find_the_places_again(tmp_path, monkeypatch, capsys
     assert sum(learnt) > 2 * sum(unlearnt)
 
     words = f"--pictures 16 --steps 2 --batch 4 --out {tmp_path / 'teacher.npz'}"
-    monkeypatch.setattr(sys, "argv", ["make_teacher", *words.split()])
-    make_teacher.main()
+    assert make_teacher.main(words.split()) == 0
     assert "places found among 64" in capsys.readouterr().out
     teacher = load_teacher(str(tmp_path / "teacher.npz"), TAPS)
     assert np.isfinite([float(feature.mean()) for feature in teacher(torch.zeros(1, 3, 64, 64))]).all()

@@ -1,5 +1,5 @@
 """Pictures that no camera took, drawn by formula a batch at a time, on a GPU or a CPU: grain, waves, cells and rings;
-shapes with edges, ridges and light, lone or in rows and circles; strokes. The built-in teacher learns to see on them.
+shapes with edges, ridges and light, lone or in rows and circles. The built-in teacher learns to see on them.
 """
 
 import math

@@ -12,8 +12,9 @@ On a GPU if there is one. The result depends on the options, the torch version a
 the repository was made with the defaults on a CPU.
 """
 
-import argparse
+import sys
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,20 @@ from tqdm import tqdm
 
 from stpm.build.pyramid import TAPS, Pyramid, channels_last, channels_of, weights_hash
 from stpm.build.weights import write_weights
+from stpm.edge.cli import count
+from stpm.edge.command import parser, run_command
 from stpm.edge.preprocess import Preprocess
+from stpm.edge.storage import storage_errors
 from stpm.tools.drawn import Dice, draw
 
 DRAWN, SEEN = 160, 96  # pixels on each side of a picture, and of a view of it
 DRAWN_AT_ONCE = 128
 PLACES = 16  # compared in each picture
 TEMPERATURE = 0.1
+
+EXAMPLES = """\
+  python -m stpm.tools.make_teacher --out build/builtin_teacher.npz
+  python -m stpm.tools.make_teacher --pictures 60000 --steps 6000 --batch 256 --out large.npz"""
 
 Tensor = torch.Tensor
 
@@ -124,7 +132,8 @@ def train(pool: Tensor, steps: int, batch: int, seed: int) -> tuple[Pyramid, lis
     dice = Dice(seed, batch, device)
     model = Descriptors().to(device)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps, pct_start=0.1)
+    # of 10 steps, a tenth of which rise, it divides by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, max(steps, 11), pct_start=0.1)
     same = torch.arange(batch * PLACES, device=device)
     found = torch.zeros(len(TAPS), device=device)
     progress = tqdm(range(steps), desc="training", unit="step", mininterval=5)
@@ -150,14 +159,21 @@ def train(pool: Tensor, steps: int, batch: int, seed: int) -> tuple[Pyramid, lis
     return model.pyramid.eval().cpu(), found.tolist()
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--pictures", type=int, default=6000)
-    options.add_argument("--steps", type=int, default=1300)
-    options.add_argument("--batch", type=int, default=64)
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--out", type=Path, required=True)
-    chosen = options.parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    options = parser("make_teacher", "Make the built-in teacher from drawn pictures.", EXAMPLES)
+    add = options.add_argument
+    add("--pictures", type=count, default=6000, help="how many are drawn (default: 6000)")
+    add("--steps", type=count, default=1300, help="of training (default: 1300)")
+    add("--batch", type=count, default=64, help="pictures in a step (default: 64)")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--out", type=Path, required=True, metavar="FILE", help="the weights, .npz")
+    chosen = options.parse_args(arguments)
+    return run_command("make_teacher", lambda: _make(chosen), "nothing was written")
+
+
+def _make(chosen: Namespace) -> None:
+    with storage_errors(chosen.out):  # now, and not after the training
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.monotonic()
     pool = drawn(chosen.pictures, chosen.seed, device)
@@ -172,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
