@@ -154,7 +154,8 @@ def train_main(arguments: list[str] | None = None) -> int:
         out = chosen.out or Path(f"{chosen.category}.npz")
         if out.suffix != ".npz" or out.is_dir():
             raise InputError(f"wanted the name of an .npz file for --out, found {out}: the student is written as .npz")
-        material = prepare(_job(chosen))
+        job = _job(chosen)
+        material = prepare(job)
         with storage_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         write_weights(out, material.student.state_dict())
@@ -162,6 +163,8 @@ def train_main(arguments: list[str] | None = None) -> int:
         assert trained is not None
         write_file(out.with_suffix(".png"), learning_curve(trained.history, trained.best_epoch))
         print(f"student of epoch {trained.best_epoch}: {out}, its learning curve: {out.with_suffix('.png')}")
+        if job.method.teacher_epochs or job.method.equalised:
+            print("its teacher was fitted to these photos: stpm-build with the same options takes both up from --work")
 
     def command() -> None:
         _each_category(chosen, train, lambda name: f"{name}.npz", Path())
@@ -282,7 +285,8 @@ def _add_training(options: argparse.ArgumentParser) -> None:
         type=count,
         default=recipe.patience,
         metavar="N",
-        help="stop when N epochs have not made it better on the held-out (default: train to the end)",
+        help="constant schedule only: stop when N epochs have not made it better on the held-out (default: train to "
+        "the end)",
     )
     add(
         "--turned",

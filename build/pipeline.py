@@ -60,6 +60,11 @@ class Material:
 def prepare(job: Job, student_file: Path | None = None) -> Material:
     """Read the images and the teacher, then train a student, or read it from `student_file`."""
     method = job.method
+    if student_file is not None and (method.teacher_epochs or method.equalised):
+        raise ConfigError(
+            f"a student of {method.name} belongs to its teacher as it was fitted to the photos, which is not in "
+            f"{student_file}: leave --student out, what was done before is re-used"
+        )
     teacher = method.load_teacher(job.teacher, job.second_teacher)
     dataset = find_dataset(job.data, job.category)
     normals = load_normals(dataset, job.preprocess)
@@ -76,11 +81,6 @@ def prepare(job: Job, student_file: Path | None = None) -> Material:
     student = method.new_student(job.recipe.seed)
     trained = None
     if student_file is not None:
-        if method.teacher_epochs or method.equalised:
-            raise ConfigError(
-                f"a student of {method.name} belongs to its teacher as it was fitted to the photos, which is not in "
-                f"{student_file}: leave --student out, what was done before is re-used"
-            )
         load_into(student, read_weights(student_file), str(student_file))
         warn(
             "--student: the threshold rests on the normals that this --seed holds out; it is too low if the student "

@@ -155,9 +155,10 @@ def test_a_category_beside_it_that_cannot_be_read_is_named(photos, tmp_path):
     prepare(job(photos, Stpm(), tmp_path))
 
 
-def test_a_student_without_its_enhanced_teacher_is_refused(photos, tmp_path):
+def test_a_student_without_its_enhanced_teacher_is_refused_before_one_is_made(photos, tmp_path):
     with pytest.raises(ConfigError, match=r"belongs to its teacher as it was fitted .* not in given\.npz: leave"):
         prepare(job(photos, EtStpm(teacher_epochs=1), tmp_path), Path("given.npz"))
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_command_says_what_the_teacher_has_learned_from_one_category(parts, tmp_path, capsys):
