@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stpm.build.pyramid import Pyramid
+from stpm.build.pyramid import NARROW_BACKBONES, Pyramid
 from stpm.edge.errors import ConfigError
 from stpm.edge.preprocess import Image, Preprocess
 
@@ -34,6 +34,7 @@ def spreads(teacher: nn.Module, pixels: Image, preprocess: Preprocess) -> list[t
     result = []
     for (total, squares), count in zip(sums, places, strict=True):
         spread = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+        # a tap most of whose channels are silent has the median 0; it is left as it is, 1 or more apart
         result.append(spread.clamp(min=QUIETEST * float(spread.median()) or 1.0).float().clone())
     return result
 
@@ -45,7 +46,7 @@ def equalise(teacher: Pyramid, spreads: list[torch.Tensor]) -> None:
     The taps must be all layers that it has, and its blocks those of ResNet-18 and -34: what a layer adds up is then
     divided in the batch norms that make it, and multiplied again in the convolutions that read it.
     """
-    if teacher.taps != teacher.layers or teacher.backbone not in ("resnet18", "resnet34"):
+    if teacher.taps != teacher.layers or teacher.backbone not in NARROW_BACKBONES:
         raise ConfigError(
             f"wanted a resnet18 or resnet34 with all its layers as taps, found a {teacher.backbone} with "
             f"{', '.join(teacher.taps)}"

@@ -11,6 +11,7 @@ from stpm.build.torchvision_cpu import models
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 TAPS = ("layer1", "layer2", "layer3")
+NARROW_BACKBONES = ("resnet18", "resnet34")  # made of basic blocks, their layers 64 to 512 channels wide
 
 
 class Pyramid(nn.Module):

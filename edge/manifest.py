@@ -1,4 +1,4 @@
-"""What a bundle says of itself: manifest.json, schema 3. Read strictly: an unknown or missing field is an error."""
+"""What a bundle says of itself: manifest.json, schema 4. Read strictly: an unknown or missing field is an error."""
 
 import hashlib
 from typing import Annotated, Literal
@@ -8,7 +8,7 @@ import msgspec
 from stpm.edge.errors import BundleError
 from stpm.edge.preprocess import Preprocess
 
-SCHEMA = 3
+SCHEMA = 4
 
 Precision = Literal["fp32", "fp16", "int8"]
 Quantize = Literal["ptq", "qad"]

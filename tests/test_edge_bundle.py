@@ -55,7 +55,7 @@ def test_another_schema_is_refused_even_when_its_fields_are_unknown(copy):
     [
         lambda text: text[: len(text) // 2],
         lambda text: text.replace('"threshold"', '"treshold"', 1),
-        lambda text: text.replace('"schema": 3', '"schema": "2"'),
+        lambda text: text.replace('"schema": 4', '"schema": "2"'),
         lambda text: text.replace('"precision": "int8"', '"precision": "int7"'),
         lambda text: "",
         lambda text: re.sub(r'("value": \d\.\d)\d', lambda found: found[1] + "9", text, count=1),
