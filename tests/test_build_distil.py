@@ -58,8 +58,8 @@ def test_it_computes_what_the_quantised_graph_computes(graphs, pixels, network):
     for tap, ours, floats in zip(found, wanted, plain, strict=True):
         rounding = np.abs(ours - floats).mean()
         # A value half way between two steps may fall to either side, and the layers after it carry that on; step by
-        # step, where nothing is carried, tests/test_build_reverse.py compares.
-        assert np.abs(tap.numpy() - ours).mean() < 0.7 * rounding
+        # step, where nothing is carried, tests/test_build_reverse.py compares. Without any rounding it would be 1.
+        assert np.abs(tap.numpy() - ours).mean() < 0.85 * rounding
         assert rounding > 0
 
 

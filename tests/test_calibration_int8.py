@@ -250,10 +250,9 @@ def test_a_layer_in_fp16_inside_an_int8_graph(graphs, bundles):
             assert any(producer[name].name in half for name in node.input)
     # image and ReLU of the first layer; input, shortcut and result of the block
     assert sum(node.op_type == "Cast" for node in mixed.graph.node) == 2 + 3
-    wanted = run(model, tensor)
-    # the first convolution of the teacher is the most sensitive layer: without its rounding the map is nearer
-    pure = quantise(model, ranges)
-    assert np.abs(run(mixed, tensor) - wanted).mean() < np.abs(run(pure, tensor) - wanted).mean()
+    # FP16 is much nearer to float than INT8 is: what is left is a value here and there that falls to another step
+    unrounded, pure = run(quantise(model, ranges, in_float=layers), tensor), run(quantise(model, ranges), tensor)
+    assert np.abs(run(mixed, tensor) - unrounded).mean() < 0.75 * np.abs(pure - unrounded).mean()
 
 
 def test_a_calibration_set_that_is_empty_or_of_another_size(graphs):
