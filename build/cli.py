@@ -14,7 +14,7 @@ from stpm.build.curve import learning_curve
 from stpm.build.device import DEVICES, device_of, emulates_bfloat16
 from stpm.build.gpu.cli import add_plan_options, plan_options
 from stpm.build.methods import METHODS
-from stpm.build.methods.base import Method
+from stpm.build.methods.base import Method, fits_teacher
 from stpm.build.methods.etstpm import EtStpm
 from stpm.build.methods.rstpm import VARIANTS, Rstpm
 from stpm.build.pipeline import Job, prepare
@@ -163,7 +163,7 @@ def train_main(arguments: list[str] | None = None) -> int:
         assert trained is not None
         write_file(out.with_suffix(".png"), learning_curve(trained.history, trained.best_epoch))
         print(f"student of epoch {trained.best_epoch}: {out}, its learning curve: {out.with_suffix('.png')}")
-        if job.method.teacher_epochs or job.method.equalised:
+        if fits_teacher(job.method):
             print("its teacher was fitted to these photos: stpm-build with the same options takes both up from --work")
 
     def command() -> None:

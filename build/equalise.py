@@ -34,7 +34,7 @@ def spreads(teacher: nn.Module, pixels: Image, preprocess: Preprocess) -> list[t
     result = []
     for (total, squares), count in zip(sums, places, strict=True):
         spread = (squares / count - (total / count).square()).clamp(min=0).sqrt()
-        # a tap most of whose channels are silent has the median 0; it is left as it is, 1 or more apart
+        # the median of a tap most of whose channels are silent is 0: nothing to measure by, and 1 is the least then
         result.append(spread.clamp(min=QUIETEST * float(spread.median()) or 1.0).float().clone())
     return result
 

@@ -11,7 +11,7 @@ from stpm.build.curve import History
 from stpm.build.device import on
 from stpm.build.enhance import Enhancement, enhance, task
 from stpm.build.equalise import equalise, spreads
-from stpm.build.methods.base import Method, described
+from stpm.build.methods.base import Method, described, fits_teacher
 from stpm.build.pyramid import Pyramid, weights_hash
 from stpm.build.steps import STEP_VERSION, Inputs, Steps
 from stpm.build.train import Recipe, split, train
@@ -60,7 +60,7 @@ class Material:
 def prepare(job: Job, student_file: Path | None = None) -> Material:
     """Read the images and the teacher, then train a student, or read it from `student_file`."""
     method = job.method
-    if student_file is not None and (method.teacher_epochs or method.equalised):
+    if student_file is not None and fits_teacher(method):
         raise ConfigError(
             f"a student of {method.name} belongs to its teacher as it was fitted to the photos, which is not in "
             f"{student_file}: leave --student out, what was done before is re-used"

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from stpm.build.device import device_of
 from stpm.build.pyramid import TAPS, Pyramid, channels_last, channels_of, weights_hash
 from stpm.build.weights import write_weights
 from stpm.edge.cli import count
@@ -174,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _make(chosen: Namespace) -> None:
     with storage_errors(chosen.out):  # now, and not after the training
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_of("auto"))
     start = time.monotonic()
     pool = drawn(chosen.pictures, chosen.seed, device)
     ready = time.monotonic()

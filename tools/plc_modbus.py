@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from dataclasses import replace
 from types import TracebackType
@@ -113,7 +114,7 @@ class Program:
         )
 
 
-class _Thread:
+class _Thread(ABC):
     """Runs `_live` until left."""
 
     def __init__(self, settings: PlcSettings, program: Program | None = None) -> None:
@@ -132,8 +133,8 @@ class _Thread:
         self._leaving.set()
         self._thread.join()
 
-    def _live(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _live(self) -> None: ...
 
 
 class MasterPlc(_Thread):

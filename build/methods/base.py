@@ -63,6 +63,11 @@ class Method(Protocol):
         """Both networks and the head, batch norm folded: N×3×H×W → (anomaly map N×1×H×W, score N)."""
 
 
+def fits_teacher(method: Method) -> bool:
+    """Whether its teacher is changed by the user's photos, so that a student belongs to both."""
+    return method.teacher_epochs > 0 or method.equalised
+
+
 Settings = dict[str, str | int | float | list[str]]
 
 

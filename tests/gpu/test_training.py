@@ -88,14 +88,16 @@ def test_a_student_is_fine_tuned_there_for_int8(name, device, pixels, tmp_path):
     method, teacher, student, _ = trained(name, pixels, tmp_path / "float", "cpu")
     graph = export_graph(method.graph(teacher, student.eval(), 64, 64), SMALL)
     histograms = collect(graph, activations(graph), (SMALL.normalise(image) for image in pixels))
-    quantised = quantise(graph, {tensor: OBSERVERS["mse"](found) for tensor, found in histograms.items()})
+    ranges = {tensor: OBSERVERS["mse"](found) for tensor, found in histograms.items()}
+    quantised = quantise(graph, ranges)
 
     def tuned(device, folder):
         folder.mkdir()
         recipe = FineTuning(epochs=2, batch=4)
         result, _ = distil(method, graph, quantised, pixels, SMALL, recipe, folder, device)
-        again = quantise(result, {tensor: OBSERVERS["mse"](found) for tensor, found in histograms.items()})
-        return weights(FakeQuantNetwork(again, "/student/")) - weights(FakeQuantNetwork(quantised, "/student/"))
+        return weights(FakeQuantNetwork(quantise(result, ranges), "/student/")) - weights(
+            FakeQuantNetwork(quantised, "/student/")
+        )
 
     assert np.corrcoef(tuned("cpu", tmp_path / "cpu"), tuned(device, tmp_path / "there"))[0, 1] > 0.5
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ BEAT_S = 0.2
 logging.getLogger("pymodbus").setLevel(logging.CRITICAL)
 
 
-class Peer:
+class Peer(ABC):
     """A PLC and its cable. `settings`: what the station must know of it."""
 
     link = "none"
@@ -56,8 +57,8 @@ class Peer:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _open(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _open(self) -> None: ...
 
     @property
     def state(self) -> str:
@@ -80,19 +81,19 @@ class Peer:
             self.number += 1
             self.trigger(self.number)
 
-    def trigger(self, number: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def trigger(self, number: int) -> None: ...
 
+    @abstractmethod
     def clear(self) -> None:
         """The fault has been looked at."""
-        raise NotImplementedError
 
-    def ask_recipe(self, recipe: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def ask_recipe(self, recipe: int) -> None: ...
 
+    @abstractmethod
     def restart(self) -> None:
         """It is switched off and on: its memory is empty."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """Another run of the line: what follows is its own."""
@@ -225,8 +226,8 @@ class ModbusPeer(Peer):
         settings = PlcSettings(port=self.cable.theirs)
         self.plc = self._stack.enter_context(self._plc(settings))
 
-    def _plc(self, settings: PlcSettings) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _plc(self, settings: PlcSettings) -> Any: ...
 
     def trigger(self, number: int) -> None:
         self.program.triggers.append(number)
