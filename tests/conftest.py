@@ -71,12 +71,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """fp32, fp16 and int8 bundles of one student, trained for two epochs only; made by stpm-build itself."""
+    """fp32, fp16 and int8 bundles of one student, trained for twelve epochs only; made by stpm-build itself."""
     out = tmp_path_factory.mktemp("bundles")
     made = {}
     for precision in ("fp32", "fp16", "int8"):
         words = (
-            f"--engine {precision} --category bushing --data {parts} --teacher builtin --epochs 2 --batch 8 "
+            f"--engine {precision} --category bushing --data {parts} --teacher builtin --epochs 12 --batch 4 "
             f"--qad-epochs 1 --max-drop 1,1,1 --work {out / 'work'} --out {out / precision}"
         )
         assert build_main(words.split()) == 0

@@ -2,10 +2,10 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from quantised_steps import differences, run, taps
 
 from stpm.build.distil import FineTuning, distil
 from stpm.build.fake_quant import FakeQuantNetwork
@@ -35,16 +35,7 @@ def graphs(bundles, pixels):
 
 
 def taps_of(model, network, tensor):
-    """What ONNX Runtime computes at the taps of one network, without fusing anything."""
-    read = [name for node in model.graph.node if node.name.startswith("/head/") for name in node.input]
-    names = [name for name in dict.fromkeys(read) if name.startswith(network)]
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model)
-    shown.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(shown.SerializeToString(), options, ["CPUExecutionProvider"])
-    return session.run(names, {"input": tensor})
+    return run(model, taps(model, network), tensor)
 
 
 @pytest.mark.parametrize("network", ["/teacher/", "/student/"])
@@ -57,10 +48,13 @@ def test_it_computes_what_the_quantised_graph_computes(graphs, pixels, network):
     assert [tuple(tap.shape[1:]) for tap in found] == [(64, 64, 64), (128, 32, 32), (256, 16, 16)]
     for tap, ours, floats in zip(found, wanted, plain, strict=True):
         rounding = np.abs(ours - floats).mean()
-        # A value half way between two steps may fall to either side, and the layers after it carry that on; step by
-        # step, where nothing is carried, tests/test_build_reverse.py compares. Without any rounding it would be 1.
+        # a value half way between two steps may fall to either side, and the layers after it carry that on; without
+        # any rounding it would be 1
         assert np.abs(tap.numpy() - ours).mean() < 0.85 * rounding
         assert rounding > 0
+    steps = differences(quantised, network, tensor)  # where nothing is carried on
+    assert {name: share for name, share in steps.items() if not share < 1e-3} == {}
+    assert len(steps) > 30
 
 
 def test_the_gradient_passes_the_rounding_and_reaches_every_weight(graphs, pixels):

@@ -114,7 +114,7 @@ def test_the_table_fits_the_terminal():
 def words(parts, bundles, out, more):
     work = bundles["int8"].path.parent / "work"
     return (
-        f"--engine int8 --qad-epochs 1 --category bushing --data {parts} --teacher builtin --epochs 2 --batch 8 "
+        f"--engine int8 --qad-epochs 1 --category bushing --data {parts} --teacher builtin --epochs 12 --batch 4 "
         f"--work {work} --out {out} {more}"
     ).split()
 

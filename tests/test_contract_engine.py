@@ -155,8 +155,7 @@ def test_a_nan_between_network_and_head_does_not_become_a_pass(tmp_path):
 def test_the_scratched_golden_frame_is_the_largest(bundles):
     for bundle in bundles.values():
         scores = bundle.golden().scores
-        assert scores[2] >= scores[1] >= scores[0]
-        assert np.abs(bundle.golden().maps[2] - bundle.golden().maps[1]).max() > 0.1 * scores[1]
+        assert scores[2] > scores[1] >= scores[0]
 
 
 def test_engine_computes_the_score_of_the_definition(bundles):
