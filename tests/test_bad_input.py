@@ -81,7 +81,7 @@ def test_out_that_is_not_a_bundle_is_not_replaced(bundles, parts, tmp_path, capf
     (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
     work = bundles["int8"].path.parent / "work"
     words = (
-        f"--engine int8 --category bushing --teacher builtin --epochs 2 --batch 8 --data {parts} --work "
+        f"--engine int8 --category bushing --teacher builtin --epochs 12 --batch 4 --data {parts} --work "
         f"{work} --out {tmp_path / 'thesis'}"
     ).split()
     assert build_main(words) == 3
@@ -92,7 +92,7 @@ def test_out_that_is_not_a_bundle_is_not_replaced(bundles, parts, tmp_path, capf
 def test_a_full_disk_leaves_nothing_and_keeps_the_old_bundle(bundles, parts, small_disk, capfd):
     work = bundles["fp32"].path.parent / "work"
     words = (
-        f"--engine fp32 --category bushing --teacher builtin --epochs 2 --batch 8 --data {parts} --work "
+        f"--engine fp32 --category bushing --teacher builtin --epochs 12 --batch 4 --data {parts} --work "
         f"{work} --out {small_disk / 'bundle'}"
     ).split()
     old = small_disk / "bundle"
@@ -118,7 +118,7 @@ def test_a_bundle_is_replaced_whole(bundles, tmp_path, parts):
     work = bundles["int8"].path.parent / "work"
     target = shutil.copytree(bundles["fp32"].path, tmp_path / "bundle")
     words = (
-        f"--engine int8 --qad-epochs 1 --max-drop 1,1,1 --category bushing --teacher builtin --epochs 2 --batch 8 "
+        f"--engine int8 --qad-epochs 1 --max-drop 1,1,1 --category bushing --teacher builtin --epochs 12 --batch 4 "
         f"--data {parts} --work {work} --out {target}"
     ).split()
     assert build_main(words) == 0
@@ -130,7 +130,7 @@ def test_train_then_build_with_the_student(bundles, parts, tmp_path, capfd):
     work = bundles["int8"].path.parent / "work"
     student = tmp_path / "student.npz"
     words = (
-        f"--category bushing --teacher builtin --epochs 2 --batch 8 --data {parts} --work {work} --out {student}"
+        f"--category bushing --teacher builtin --epochs 12 --batch 4 --data {parts} --work {work} --out {student}"
     ).split()
     assert train_main(words) == 0
     assert "re-used" in capfd.readouterr().out

@@ -322,7 +322,7 @@ def test_compiling_again_replaces_the_engine(compiled, library, tmp_path):
 def test_a_bundle_is_built_and_measured_through_the_gpu(bundles, parts, library, tmp_path, capsys):
     work = bundles["int8"].path.parent / "work"  # training and distillation are done
     words = (
-        f"--engine int8 --category bushing --data {parts} --teacher builtin --epochs 2 --batch 8 --qad-epochs 1 "
+        f"--engine int8 --category bushing --data {parts} --teacher builtin --epochs 12 --batch 4 --qad-epochs 1 "
         f"--max-drop 1,1,1 --backend tensorrt --work {work} --out {tmp_path / 'bundle'}"
     )
     machine = Machine(library)
