@@ -108,7 +108,8 @@ def enhance(teacher: nn.Module, images: Task, preprocess: Preprocess, recipe: En
     """Train `teacher`, in place, to tell the classes apart; the share it told rightly, by epoch.
 
     Its batch norms keep their statistics: with few images of one kind in a batch they would lose what makes the
-    features comparable. Deterministic by seed. A loss that is not finite: TrainingError.
+    features comparable. Deterministic by seed. A loss or weight that is not
+    finite: TrainingError.
     """
     torch.manual_seed(recipe.seed)
     device = next(teacher.parameters()).device
@@ -127,15 +128,23 @@ def enhance(teacher: nn.Module, images: Task, preprocess: Preprocess, recipe: En
             logits = classifier(pixels.to(device, memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, torch.from_numpy(labels).to(device))
             if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"the loss of the teacher is {loss.item()} in epoch {number + 1} at learning rate "
-                    f"{recipe.learning_rate}: build with fewer --teacher-epochs, or another --teacher"
+                step = start // recipe.batch + 1
+                raise _diverged(
+                    f"the loss of the teacher is {loss.item()} in step {step} of epoch {number + 1}", recipe
                 )
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             hits += int((logits.argmax(1).cpu().numpy() == labels).sum())
+        if not all(parameter.isfinite().all() for parameter in classifier.parameters()):
+            raise _diverged(f"a weight of the teacher is not finite after epoch {number + 1}", recipe)
         right.append(hits / len(order))
         progress.set_postfix_str(f"{right[-1]:.1%} right")
     teacher.requires_grad_(False)
     return right
+
+
+def _diverged(what: str, recipe: Enhancement) -> TrainingError:
+    return TrainingError(
+        f"{what} at learning rate {recipe.learning_rate}: build with fewer --teacher-epochs, or another --teacher"
+    )

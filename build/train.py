@@ -1,8 +1,8 @@
 """Distil a student from a teacher on normal images: the same loop for every method.
 
 The teacher's features do not change, so they are computed once, for each of the few ways in which an image may be
-turned, and kept in memory as float16 when they fit the budget. Every epoch leaves a checkpoint from which the same
-run goes on.
+turned, and kept as float16 in memory or on disk where there is room. Every epoch leaves a checkpoint from which the
+same run goes on.
 """
 
 import io
@@ -18,13 +18,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from stpm.build.cache import feature_cache
 from stpm.build.methods.base import Features, Method
 from stpm.build.pyramid import channels_last
+from stpm.edge.command import warn
 from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Image, Preprocess
 from stpm.edge.storage import write_file
 
-CACHE_BYTES = 4 << 30
 RISING = 0.1  # share of a one-cycle run
 
 
@@ -108,10 +109,11 @@ def turn(image: Image, way: int) -> Image:
 
 
 class TrainingSet:
-    """Preprocessed batches and the method's targets for a set of uint8 images, the targets cached if they fit.
+    """Preprocessed batches and the method's targets for a set of uint8 images, the targets cached if there is room,
+    in the memory of the CPU or in `folder`.
 
     Each image is there in every way of `turn`, if it is to be turned: image i of N in way w has the index w·N + i.
-    What it gives is where the teacher is; the cache is in the memory of the CPU.
+    What it gives is where the teacher is.
     """
 
     def __init__(
@@ -120,19 +122,25 @@ class TrainingSet:
         preprocess: Preprocess,
         method: Method,
         teacher: nn.Module,
+        folder: Path,
         title: str,
         turned: bool = False,
     ) -> None:
         self.pixels, self.preprocess, self.method, self.teacher = pixels, preprocess, method, teacher
         self.device = next(teacher.parameters()).device
         self.ways = (8 if preprocess.height == preprocess.width else 4) if turned else 1
-        self.cache: Features | None = None
         one, count = self._compute(np.arange(1)), self.ways * len(pixels)
-        if count * sum(2 * feature.numel() for feature in one) <= CACHE_BYTES:
-            self.cache = [torch.empty(count, *feature.shape[1:], dtype=torch.float16) for feature in one]
-            for index in tqdm(range(count), desc=title, unit="image", disable=None, leave=False):
-                for cached, feature in zip(self.cache, self._compute(np.array([index])), strict=True):
-                    cached[index] = feature[0]
+        self.cache = feature_cache([(count, *feature.shape[1:]) for feature in one], folder)
+        if self.cache is None:
+            size = count * sum(2 * feature.numel() for feature in one)
+            warn(
+                f"no room for {size / 1e9:.1f} GB, half of what is free in memory or in {folder}: the teacher looks "
+                f"at the {title} again in every epoch, which takes longer"
+            )
+            return
+        for index in tqdm(range(count), desc=f"teacher, {title}", unit="image", disable=None, leave=False):
+            for cached, feature in zip(self.cache, self._compute(np.array([index])), strict=True):
+                cached[index] = feature[0]
 
     def __len__(self) -> int:
         """Images, in whatever way."""
@@ -166,13 +174,14 @@ def train(
     """Train `student`, in place, on uint8 N×H×W×3 normals until its features are those of `teacher`; both give one
     N×C×h×w per tap and are on the same device. `folder` keeps the checkpoint; a stopped run in it is continued.
 
-    The student ends with the weights of the epoch with the lowest validation score. A loss that is not finite:
-    TrainingError.
+    The student ends with the weights of the epoch with the lowest validation score. A loss or a score that is not
+    finite: TrainingError.
     """
     teacher = channels_last(teacher)
     training, held_out = split(len(pixels), recipe)
-    train_set = TrainingSet(pixels[training], preprocess, method, teacher, "teacher, training images", recipe.turned)
-    validation_set = TrainingSet(pixels[held_out], preprocess, method, teacher, "teacher, held-out images")
+    material = preprocess, method, teacher, folder
+    train_set = TrainingSet(pixels[training], *material, "training images", recipe.turned)
+    validation_set = TrainingSet(pixels[held_out], *material, "held-out images")
     student = channels_last(student)
     optimiser = recipe.optimiser(student)
     checkpoint = folder / "checkpoint.pth"
@@ -200,6 +209,11 @@ def train(
             break
         loss = _train_epoch(method, student, optimiser, train_set, recipe, number)
         validation = _validate(method, student, validation_set, recipe)
+        if not math.isfinite(validation):
+            raise TrainingError(
+                f"the score of the held-out images is {validation} after epoch {number + 1} at learning rate "
+                f"{recipe.learning_rate}: {recipe.remedy}"
+            )
         history.append(Epoch(loss, validation))
         if validation < best["validation"]:
             state = {name: value.clone() for name, value in student.state_dict().items()}
@@ -251,13 +265,14 @@ def _train_epoch(
         with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.bfloat16):
             features = method.answer(student, images.input(indices), targets)
         loss = method.loss(targets, [feature.float() for feature in features])
+        rate = recipe.rate((number + start / len(order)) / recipe.epochs)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} in epoch {number + 1} at learning rate {recipe.learning_rate}: "
-                f"{recipe.remedy}"
+                f"the loss is {loss.item()} in step {start // recipe.batch + 1} of epoch {number + 1} at learning "
+                f"rate {rate:.4g}: {recipe.remedy}"
             )
         for group in optimiser.param_groups:
-            group["lr"] = recipe.rate((number + start / len(order)) / recipe.epochs)
+            group["lr"] = rate
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

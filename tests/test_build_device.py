@@ -93,13 +93,13 @@ class NeverMixed(TorchDispatchMode):
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_training_stays_on_the_device_of_the_teacher(name, cached, monkeypatch):
+def test_training_stays_on_the_device_of_the_teacher(name, cached, tmp_path, monkeypatch):
     """`meta`, the device without memory, in the place of a GPU: it shows where everything is, and no values."""
-    monkeypatch.setattr(training, "CACHE_BYTES", 0)
+    monkeypatch.setattr(training, "feature_cache", lambda shapes, folder: None)
     method, some = METHODS[name](), np.arange(2)
     teacher, student = method.load_teacher("builtin", ""), method.new_student(0).to("meta")
-    here = TrainingSet(PIXELS, SMALL, method, teacher, "").targets(np.arange(4))
-    images = TrainingSet(PIXELS, SMALL, method, teacher.to("meta"), "")
+    here = TrainingSet(PIXELS, SMALL, method, teacher, tmp_path, "").targets(np.arange(4))
+    images = TrainingSet(PIXELS, SMALL, method, teacher.to("meta"), tmp_path, "")
     images.cache = [target.half() for target in here] if cached else None
     with NeverMixed():
         targets = images.targets(some)

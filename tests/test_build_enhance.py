@@ -88,11 +88,24 @@ def test_the_teacher_learns_to_tell_them_apart_and_its_batch_norms_keep_their_st
     assert hashes[0] == hashes[1]
 
 
-def test_a_loss_that_is_not_finite_names_epoch_and_rate(parts, upside_down):
+def test_a_loss_that_is_not_finite_names_step_and_rate(parts, upside_down):
     recipe = Enhancement(epochs=5, seed=0, batch=4, learning_rate=1e12)
-    said = r"the teacher is (nan|inf) in epoch \d at learning rate 1000000000000.0: .*--teacher-epochs"
+    said = r"the teacher is (nan|inf) in step \d of epoch \d at learning rate 1000000000000.0: .*--teacher-epochs"
     with pytest.raises(TrainingError, match=said):
         enhance(load_teacher("builtin", TAPS), task([parts, upside_down]), SMALL, recipe)
+
+
+def test_a_last_step_that_breaks_the_teacher_is_noticed(parts, upside_down, monkeypatch):
+    def step(optimiser):
+        optimiser.param_groups[0]["params"][3].fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", torch.no_grad()(step))
+    both = task([parts, upside_down])
+    recipe = Enhancement(epochs=1, seed=0, batch=len(both))
+    with pytest.raises(
+        TrainingError, match=r"weight of the teacher is not finite after epoch 1 at learning rate 0\.001"
+    ):
+        enhance(load_teacher("builtin", TAPS), both, SMALL, recipe)
 
 
 def write(folder, images):

@@ -141,9 +141,9 @@ def test_training_lowers_the_loss_of_both_pairs(teacher, pixels, tmp_path, bfloa
 
 def test_without_room_for_the_features_of_the_teacher_it_learns_the_same(teacher, pixels, tmp_path, monkeypatch):
     losses = []
-    for room in (training.CACHE_BYTES, 0):
-        monkeypatch.setattr(training, "CACHE_BYTES", room)
-        folder = tmp_path / str(room)
+    for kept in (training.feature_cache, lambda shapes, folder: None):
+        monkeypatch.setattr(training, "feature_cache", kept)
+        folder = tmp_path / str(len(losses))
         folder.mkdir()
         recipe = Recipe(epochs=1, batch=4, seed=3, learning_rate=0.01)
         losses.append(train(SHARED, teacher, SHARED.new_student(3), pixels, SMALL, recipe, folder).history[0].loss)

@@ -132,17 +132,40 @@ def test_a_stopped_run_ends_with_the_same_weights(teacher, pixels, tmp_path, mon
     assert resumed.history == whole.history
 
 
-def test_without_room_for_the_cache_the_result_is_nearly_the_same(teacher, pixels, tmp_path, monkeypatch):
+def test_without_room_the_teacher_looks_again_and_the_result_is_nearly_the_same(
+    teacher, pixels, tmp_path, monkeypatch, capsys
+):
+    looked_at = []
+    hook = teacher.register_forward_hook(lambda network, inputs, features: looked_at.append(len(inputs[0])))
     cached = run(teacher, pixels, _made(tmp_path / "a"))
-    monkeypatch.setattr(training, "CACHE_BYTES", 0)
+    once = sum(looked_at)
+    assert once == len(pixels) + 2  # one more of either set, for the shapes
+    assert "WARNING" not in capsys.readouterr().out
+    monkeypatch.setattr(training, "feature_cache", lambda shapes, folder: None)
     computed = run(teacher, pixels, _made(tmp_path / "b"))
+    hook.remove()
+    assert sum(looked_at) - once == RECIPE.epochs * len(pixels) + 2
     assert computed.history[-1].loss == pytest.approx(cached.history[-1].loss, rel=0.02)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert ["no room" in each for each in warnings] == [True, True]
 
 
-def test_a_loss_that_is_not_finite_stops_with_epoch_and_rate(teacher, pixels, tmp_path, monkeypatch):
-    monkeypatch.setattr(Stpm, "loss", lambda self, targets, student: student[0].sum() * float("nan"))
-    with pytest.raises(TrainingError, match=r"epoch 1 at learning rate 0\.4"):
+@pytest.mark.parametrize("recipe", [RECIPE, OneCycle(epochs=3, batch=4)])
+def test_a_loss_that_is_not_finite_stops_with_step_and_rate(teacher, pixels, tmp_path, monkeypatch, recipe):
+    losses = iter([1.0, 1.0, 1.0, float("nan")])
+    monkeypatch.setattr(Stpm, "loss", lambda self, targets, student: student[0].sum() * next(losses))
+    rate = re.escape(f"{recipe.rate(0.5):.4g}")
+    with pytest.raises(TrainingError, match=f"loss is nan in step 2 of epoch 2 at learning rate {rate}: train with"):
+        run(teacher, pixels, tmp_path, recipe)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_score_that_is_not_finite_stops_before_anything_is_kept_of_it(teacher, pixels, tmp_path, monkeypatch, epoch):
+    scores = iter([*[1.0] * (epoch - 1), float("nan")])
+    monkeypatch.setattr(training, "_validate", lambda *_: next(scores))
+    with pytest.raises(TrainingError, match=rf"held-out images is nan after epoch {epoch} at .*0\.4: train with"):
         run(teacher, pixels, tmp_path)
+    assert (tmp_path / "checkpoint.pth").exists() == (epoch > 1)
 
 
 def test_the_teacher_does_not_change(teacher, pixels, tmp_path):
@@ -216,17 +239,17 @@ def test_ways_of_turning_are_eight_different_ones_and_keep_the_pixels():
     assert {training.turn(image[:4], way).shape for way in range(4)} == {(4, 6, 3)}
 
 
-def test_a_turned_image_meets_the_features_of_the_teacher_of_that_image(teacher, pixels):
-    for budget in (training.CACHE_BYTES, 0):
-        images = TrainingSet(pixels[:3], SMALL, METHOD, teacher, "", turned=True)
-        if budget == 0:
-            images.cache = None
-        assert (len(images), images.ways) == (3, 8)
-        for index in (1, 3 * 5 + 2):
-            turned = training.turn(pixels[index % 3], index // 3)
-            wanted = METHOD.targets(teacher(torch.from_numpy(SMALL.normalise(turned))))
-            for found, each in zip(images.targets(np.array([index])), wanted, strict=True):
-                torch.testing.assert_close(found, each, atol=2e-3, rtol=1e-2)
+@pytest.mark.parametrize("room", [True, False])
+def test_a_turned_image_meets_the_features_of_the_teacher_of_that_image(teacher, pixels, tmp_path, monkeypatch, room):
+    if not room:
+        monkeypatch.setattr(training, "feature_cache", lambda shapes, folder: None)
+    images = TrainingSet(pixels[:3], SMALL, METHOD, teacher, tmp_path, "", turned=True)
+    assert (len(images), images.ways, images.cache is not None) == (3, 8, room)
+    for index in (1, 3 * 5 + 2):
+        turned = training.turn(pixels[index % 3], index // 3)
+        wanted = METHOD.targets(teacher(torch.from_numpy(SMALL.normalise(turned))))
+        for found, each in zip(images.targets(np.array([index])), wanted, strict=True):
+            torch.testing.assert_close(found, each, atol=2e-3, rtol=1e-2)
 
 
 def test_turning_changes_what_is_learned_and_not_how_much(teacher, pixels, tmp_path):
