@@ -4,9 +4,9 @@ import io
 import pickle
 import zipfile
 import zlib
-from pathlib import Path
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import safetensors.torch
@@ -21,6 +21,19 @@ from stpm.edge.storage import write_file
 BUILTIN_TEACHER = Path(__file__).with_name("builtin_teacher.npz")
 
 State = dict[str, torch.Tensor]
+
+# what the readers raise about a file that is cut short, or another one
+DAMAGED = (
+    ValueError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    safetensors.SafetensorError,
+    RuntimeError,
+    EOFError,
+    AttributeError,
+    TypeError,
+    zlib.error,
+)
 
 
 def load_teacher(source: str, taps: tuple[str, ...], backbone: str = "resnet18") -> Pyramid:
@@ -75,19 +88,8 @@ def read_weights(path: Path) -> State:
         if path.suffix in (".pth", ".pt"):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
             return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-    except (
-        ValueError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-        RuntimeError,
-        EOFError,
-        AttributeError,
-        TypeError,
-        zlib.error,
-    ) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"cannot read the weights in {path}: {reason}; get the file again") from error
+    except DAMAGED as error:
+        raise InputError(f"cannot read the weights in {path}: {_reason(error)}; get the file again") from error
     raise InputError(f"wanted a .npz, .pth or .safetensors file of weights, found {path}: convert it first")
 
 
@@ -104,10 +106,22 @@ def write_weights(path: Path, state: State, dtype: type = np.float32) -> None:
 
 
 def _download_imagenet(backbone: str) -> State:
+    otherwise = (
+        "use `--teacher builtin`, which needs no network, or `--teacher PATH` with a .npz, .pth or .safetensors file "
+        f"of {backbone}"
+    )
     try:
         return models.get_model(backbone, weights="IMAGENET1K_V1").state_dict()
-    except (URLError, OSError) as error:
+    except (OSError, HTTPException) as error:
+        raise InputError(f"torchvision's ImageNet weights could not be downloaded ({error}): {otherwise}") from error
+    except DAMAGED as error:
+        url = PurePosixPath(models.get_model_weights(backbone).IMAGENET1K_V1.url)
+        kept = Path(torch.hub.get_dir()) / "checkpoints" / url.name
         raise InputError(
-            f"torchvision's ImageNet weights could not be downloaded ({error}): use `--teacher builtin`, which needs "
-            f"no network, or `--teacher PATH` with a .npz, .pth or .safetensors file of {backbone}"
+            f"what was downloaded as torchvision's ImageNet weights is damaged ({_reason(error)}): delete {kept}, if "
+            f"it is there, and try again, or {otherwise}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

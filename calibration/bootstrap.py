@@ -31,9 +31,14 @@ def image_intervals(scores: Floats, positive: Bools, seed: int = 0) -> dict[str,
     return {"image_auroc": _interval(_area(false, true)), "f1": _interval(f1.max(1))}
 
 
-def pixel_intervals(histograms: "PixelHistograms", seed: int = 0) -> dict[str, Interval | None]:
-    """Of pixel AUROC and AUPRO; None where there is no defect or nothing else."""
-    weights = _draws(histograms.defective, seed)
+def pixel_intervals(
+    histograms: "PixelHistograms", among: Bools | None = None, seed: int = 0
+) -> dict[str, Interval | None]:
+    """Of pixel AUROC and AUPRO, on all images or those marked by `among`; None where there is no defect or nothing
+    else."""
+    among = np.ones(len(histograms.defective), bool) if among is None else among
+    weights = np.zeros((DRAWS, len(among)))
+    weights[:, among] = _draws(histograms.defective[among], seed)
     return {"pixel_auroc": _interval(histograms.auroc(weights)), "aupro": _interval(histograms.aupro(weights))}
 
 

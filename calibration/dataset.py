@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
+from stpm.edge.command import warn
 from stpm.edge.errors import InputError, RegionError
 from stpm.edge.images import list_images, read_image
 from stpm.edge.preprocess import Image, Preprocess
@@ -169,11 +170,19 @@ def load_normals(dataset: Dataset, preprocess: Preprocess) -> Images:
 
 
 def load_labelled(labelled: list[LabelledImage], preprocess: Preprocess) -> Labelled:
-    """Images and masks; an image that cannot be decoded is left out, as in `load_images`."""
+    """Images and masks; an image that cannot be decoded is left out, as in `load_images`. Where only some defects
+    have a mask, that is said."""
     images = load_images([item.path for item in labelled], preprocess, "reading test images")
     kept = set(images.paths)
     items = [item for item in labelled if item.path in kept]
     masks = [load_mask(item, preprocess) for item in items]
+    without = [item for item, mask in zip(items, masks, strict=True) if mask is None]
+    defective = sum(item.defective for item in items)
+    if 0 < len(without) < defective:
+        warn(
+            f"{len(without)} of {defective} images of defects have no mask (the first is {without[0].path}): pixel "
+            "AUROC and AUPRO are without these"
+        )
     empty = np.zeros((preprocess.height, preprocess.width), bool)
     return Labelled(
         items,

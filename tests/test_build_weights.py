@@ -1,6 +1,8 @@
 """Teachers and students from every kind of file, and the files that are none."""
 
+from http.client import IncompleteRead
 from urllib.error import URLError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -57,13 +59,35 @@ def test_the_builtin_teacher_is_small_and_complete():
     assert all(feature.isfinite().all() and feature.std() > 0 for feature in features)
 
 
-def test_imagenet_out_of_reach_names_the_other_two(monkeypatch):
+@pytest.mark.parametrize("error", [URLError("no route to host"), TimeoutError("timed out"), IncompleteRead(b"", 5)])
+def test_imagenet_out_of_reach_names_the_other_two(monkeypatch, error):
     def unreachable(weights=None):
-        raise URLError("no route to host")
+        raise error
 
     monkeypatch.setattr(weights.models, "resnet18", unreachable)
-    with pytest.raises(InputError, match=r"builtin.*PATH"):
+    with pytest.raises(InputError, match=r"could not be downloaded .*builtin.*PATH"):
         load_teacher("imagenet", TAPS)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>please log in</html>", bytes(range(256)) * 20])
+def test_a_damaged_download_of_imagenet_is_named_as_the_file_to_delete(monkeypatch, tmp_path, content):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"damaged .*delete {file}.*builtin.*PATH"):
+        load_teacher("imagenet", TAPS)
+
+
+def test_a_download_of_imagenet_that_is_something_else_is_refused(monkeypatch, tmp_path):
+    """A page to log in, in the place of the file; torch compares the hash."""
+    page = tmp_path / "page.html"
+    page.write_text("<html>please log in</html>")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: urlopen(page.as_uri()))
+    with pytest.raises(InputError, match=r"damaged \(invalid hash.*builtin.*PATH"):
+        load_teacher("imagenet", TAPS)
+    assert not (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").exists()
 
 
 def test_missing_tensor_is_named(state):

@@ -55,6 +55,16 @@ def test_histograms_give_the_exact_figures_of_any_choice_of_images(seed):
         assert histograms.aupro(row[None])[0] == pytest.approx(aupro(maps[inside], masks[inside]), abs=1e-3)
 
 
+def test_the_intervals_of_some_images_are_those_that_they_have_alone():
+    maps, masks = labelled(size=64)
+    among = np.arange(len(maps)) % 3 > 0
+    found = pixel_intervals(PixelHistograms(maps, masks), among)
+    wanted = pixel_intervals(PixelHistograms(maps[among], masks[among]))
+    assert found != pixel_intervals(PixelHistograms(maps, masks))
+    for name, interval in wanted.items():
+        assert found[name] == pytest.approx(interval, abs=1e-3), name  # other bins
+
+
 def test_the_same_images_have_the_same_intervals():
     maps, masks = labelled()
     assert pixel_intervals(PixelHistograms(maps, masks)) == pixel_intervals(PixelHistograms(maps, masks))

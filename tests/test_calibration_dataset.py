@@ -6,7 +6,15 @@ import cv2
 import numpy as np
 import pytest
 
-from stpm.calibration.dataset import LabelledImage, find_dataset, load_images, load_mask, load_normals
+from stpm.calibration.dataset import (
+    LabelledImage,
+    find_dataset,
+    find_labelled,
+    load_images,
+    load_labelled,
+    load_mask,
+    load_normals,
+)
 from stpm.edge.errors import InputError
 from stpm.edge.preprocess import Preprocess
 
@@ -114,3 +122,20 @@ def test_good_parts_and_defects_without_masks(parts, tmp_path):
     assert load_mask(by_kind["dent"], Preprocess()) is None
     assert not load_mask(by_kind["good"], Preprocess()).any()
     assert load_mask(by_kind["stain"], Preprocess()).any()
+
+
+def test_defects_without_a_mask_among_others_are_counted_and_named(parts, tmp_path, capsys):
+    copy = shutil.copytree(parts / "bushing", tmp_path / "bushing")
+    small = Preprocess(64, 64)
+    load_labelled(find_labelled(copy), small)
+    assert "WARNING" not in capsys.readouterr().out
+    (lost,) = (copy / "ground_truth" / "dent").iterdir()
+    lost.rename(lost.with_suffix(".bmp"))
+    images = load_labelled(find_labelled(copy), small)
+    assert images.masked.tolist() == [item.kind != "dent" for item in images.items]
+    said = capsys.readouterr().out
+    assert "WARNING: 1 of 4 images of defects have no mask (the first is" in said
+    assert str(copy / "test" / "dent") in said
+    shutil.rmtree(copy / "ground_truth")
+    load_labelled(find_labelled(copy), small)
+    assert "WARNING" not in capsys.readouterr().out  # then the figures are not defined, which is seen

@@ -68,6 +68,17 @@ def test_evaluation_agrees_with_the_manifest_and_writes_its_report(bundle, parts
         assert high >= figure["value"] - 1e-3
     assert sum(kind["images"] for kind in report["kinds"].values()) == len(report["scores"]) == 8
     assert next(iter(report["kinds"])) == "good"
+    assert report["kinds"]["good"]["figures"] == {}
+    for name, kind in list(report["kinds"].items())[1:]:
+        good = [score for image, score in report["scores"].items() if image.startswith("good/")]
+        bad = [score for image, score in report["scores"].items() if image.startswith(f"{name}/")]
+        above = np.mean([(b > g) + (b == g) / 2 for b in bad for g in good])
+        assert kind["figures"]["image_auroc"]["value"] == pytest.approx(above)
+        f1 = max(2 * sum(b >= at for b in bad) / (sum(each >= at for each in bad + good) + len(bad)) for at in bad)
+        assert kind["figures"]["f1"]["value"] == pytest.approx(f1)
+        for figure in kind["figures"].values():
+            low, high = figure["interval"]
+            assert low - 1e-3 <= figure["value"] <= high + 1e-3
     wrong = {
         name.replace("/", "_")
         for name, score in report["scores"].items()
@@ -76,7 +87,9 @@ def test_evaluation_agrees_with_the_manifest_and_writes_its_report(bundle, parts
     assert {path.name for path in (tmp_path / "report" / "wrong").iterdir()} == wrong
     overview = cv2.imread(str(tmp_path / "report" / "overview.png"))
     assert overview.shape == (5 * 278, 3 * 512, 3)
-    assert "pixel AUROC" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "pixel AUROC" in printed
+    assert max(map(len, printed.split("\nwritten:")[0].splitlines())) <= 100
 
 
 def test_evaluation_of_good_parts_alone_is_not_defined_and_does_not_crash(bundle, parts, tmp_path, capsys):

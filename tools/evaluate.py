@@ -13,7 +13,7 @@ from stpm.calibration.bootstrap import PixelHistograms, image_intervals, pixel_i
 from stpm.calibration.dataset import find_labelled, load_labelled
 from stpm.calibration.evaluation import Evaluation, evaluate, shown
 from stpm.calibration.gate import FIGURES
-from stpm.calibration.metrics import Floats, auroc, f1_max
+from stpm.calibration.metrics import Bools, Floats, auroc, f1_max
 from stpm.edge.bundle import Bundle, find_bundle, open_bundle
 from stpm.edge.command import parser, run_command
 from stpm.edge.engine import BACKENDS, open_engine
@@ -29,23 +29,20 @@ EXAMPLES = """\
 TITLES = {**FIGURES, "f1": "image F1-max"}
 
 
-class Kind(msgspec.Struct, frozen=True):
-    """One kind of defect, or "good"."""
-
-    images: int
-    rejected: int
-    # against the good parts
-    auroc: float | None
-    pixel_auroc: float | None
-    aupro: float | None
-    median_score: float
-
-
 class Figure(msgspec.Struct, frozen=True):
     """None: not defined on these images."""
 
     value: float | None
     interval: tuple[float, float] | None  # 95 %, by bootstrap over the images
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """One kind of defect, or "good"."""
+
+    images: int
+    rejected: int
+    median_score: float
+    figures: dict[str, Figure]  # as of the whole, against the good parts; none of "good"
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -124,18 +121,27 @@ def _kinds(evaluation: Evaluation, pixels: PixelHistograms, threshold: float) ->
     rows = {}
     for kind in sorted(set(kinds), key=lambda name: (name != "good", name)):
         of_kind = kinds == kind
-        versus_good = of_kind | (kinds == "good")
-        chosen = versus_good[images.masked][None].astype(float)
-        defect = kind != "good"
         rows[str(kind)] = Kind(
             int(of_kind.sum()),
             int((scores[of_kind] > threshold).sum()),
-            auroc(scores[versus_good], of_kind[versus_good]) if defect else None,
-            _defined(pixels.auroc(chosen)) if defect else None,
-            _defined(pixels.aupro(chosen)) if defect else None,
             float(np.median(scores[of_kind])),
+            {} if kind == "good" else _figures_of(of_kind, of_kind | (kinds == "good"), evaluation, pixels),
         )
     return rows
+
+
+def _figures_of(of_kind: Bools, among: Bools, evaluation: Evaluation, pixels: PixelHistograms) -> dict[str, Figure]:
+    """Of some images alone; those of pixels from histograms, within 1e-3."""
+    scores, positive, masked = evaluation.scores[among], of_kind[among], among[evaluation.images.masked]
+    best, weights = f1_max(scores, positive), masked[None].astype(float)
+    values = {
+        "image_auroc": auroc(scores, positive),
+        "pixel_auroc": _defined(pixels.auroc(weights)),
+        "aupro": _defined(pixels.aupro(weights)),
+        "f1": best[0] if best else None,
+    }
+    intervals = {**image_intervals(scores, positive), **pixel_intervals(pixels, masked)}
+    return {name: Figure(value, intervals[name]) for name, value in values.items()}
 
 
 def _defined(values: Floats) -> float | None:
@@ -146,13 +152,13 @@ def table(report: Report) -> str:
     """At most 100 columns."""
     lines = [
         f"{report.category}, {report.precision}, {report.engine['backend']} on {report.engine['device']}",
-        f"{'kind':<24}{'images':>8}{'rejected':>10}{'AUROC':>9}{'pixel AUROC':>13}{'AUPRO@30%':>11}"
-        f"{'median score':>14}",
+        f"{'kind':<22}{'images':>8}{'rejected':>10}{'AUROC':>8}{'95 %':>16}{'F1-max':>8}{'pixel':>8}{'AUPRO':>8}"
+        f"{'median':>10}",
     ]
     for name, kind in report.kinds.items():
-        figures = ("", "", "") if name == "good" else map(_short, (kind.auroc, kind.pixel_auroc, kind.aupro))
-        columns = "".join(f"{text:>{width}}" for text, width in zip(figures, (9, 13, 11), strict=True))
-        lines.append(f"{name:<24}{kind.images:>8}{kind.rejected:>10}{columns}{kind.median_score:>14.2e}")
+        lines.append(
+            f"{name:<22}{kind.images:>8}{kind.rejected:>10}{_columns(kind.figures)}{kind.median_score:>10.2e}"
+        )
     lines.append("")
     for name, figure in report.figures.items():
         interval = "" if figure.interval is None else "   95 % {:.4f} to {:.4f}".format(*figure.interval)
@@ -162,8 +168,12 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _short(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:.4f}"
+def _columns(figures: dict[str, Figure]) -> str:
+    texts = {name: "-" if figure.value is None else f"{figure.value:.3f}" for name, figure in figures.items()}
+    interval = figures["image_auroc"].interval if figures else None
+    between = "{:.3f} to {:.3f}".format(*interval) if interval else ""
+    columns = (("image_auroc", 8), (None, 16), ("f1", 8), ("pixel_auroc", 8), ("aupro", 8))
+    return "".join(f"{texts.get(name, '') if name else between:>{width}}" for name, width in columns)
 
 
 def _write(out: Path, report: Report, evaluation: Evaluation) -> None:
