@@ -31,10 +31,6 @@ def one_sentence(capfd, *expected):
         assert words in mine[0]
 
 
-def nothing_written(folder):
-    return not [path for path in folder.glob("**/*") if "work" not in path.parts]
-
-
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out" / "bundle"

@@ -64,3 +64,27 @@ def test_a_network_learns_to_find_the_places_again(tmp_path, monkeypatch, capsys
     teacher = load_teacher(str(tmp_path / "teacher.npz"), TAPS)
     assert np.isfinite([float(feature.mean()) for feature in teacher(torch.zeros(1, 3, 64, 64))]).all()
     assert (tmp_path / "teacher.npz").stat().st_size < 6e6
+
+
+@pytest.mark.parametrize(("steps", "said"), [(60, "the loss is nan in step 51 at learning rate"), (1, "a weight")])
+def test_a_training_that_goes_wrong_writes_nothing(tmp_path, monkeypatch, capsys, steps, said):
+    monkeypatch.setattr(make_teacher, "DRAWN", 64)
+    monkeypatch.setattr(make_teacher, "SEEN", 48)
+    step = torch.optim.AdamW.step
+
+    def broken(optimiser):
+        step(optimiser)
+        with torch.no_grad():
+            optimiser.param_groups[0]["params"][0].fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    words = f"--pictures 4 --steps {steps} --batch 2 --out {tmp_path / 'teacher.npz'}"
+    assert make_teacher.main(words.split()) == 9
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "teacher.npz").exists()
+
+
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert make_teacher.main(["--device", "cuda", "--out", str(tmp_path / "teacher.npz")]) == 2
+    assert "GPU" in capsys.readouterr().err

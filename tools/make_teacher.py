@@ -6,10 +6,10 @@ So the features keep what a place looks like and drop what a camera adds to it, 
 what a teacher of good parts is for. (The loss is InfoNCE of van den Oord et al. 2018, for places as in the dense
 contrastive learning of Wang et al. 2021.)
 
-    python -m stpm.tools.make_teacher --out build/builtin_teacher.npz
+    python -m stpm.tools.make_teacher --device cpu --out build/builtin_teacher.npz
 
-On a GPU if there is one. The result depends on the options, the torch version and what it is computed on; the file in
-the repository was made with the defaults on a CPU.
+The result depends on the options, the torch version and what it is computed on; the file in the repository was made
+with the defaults and `--device cpu`.
 """
 
 import sys
@@ -24,11 +24,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from stpm.build.device import device_of
+from stpm.build.device import DEVICES, device_of, on
 from stpm.build.pyramid import TAPS, Pyramid, channels_last, channels_of, weights_hash
 from stpm.build.weights import write_weights
 from stpm.edge.cli import count
 from stpm.edge.command import parser, run_command
+from stpm.edge.errors import TrainingError
 from stpm.edge.preprocess import Preprocess
 from stpm.edge.storage import storage_errors
 from stpm.tools.drawn import Dice, draw
@@ -39,7 +40,7 @@ PLACES = 16  # compared in each picture
 TEMPERATURE = 0.1
 
 EXAMPLES = """\
-  python -m stpm.tools.make_teacher --out build/builtin_teacher.npz
+  python -m stpm.tools.make_teacher --device cpu --out build/builtin_teacher.npz
   python -m stpm.tools.make_teacher --pictures 60000 --steps 6000 --batch 256 --out large.npz"""
 
 Tensor = torch.Tensor
@@ -156,6 +157,11 @@ def train(pool: Tensor, steps: int, batch: int, seed: int) -> tuple[Pyramid, lis
         schedule.step()
         found = found + (torch.stack(right) - found) / min(step + 1, 100)
         if step % 50 == 0:
+            if not loss.isfinite():
+                raise TrainingError(
+                    f"the loss is {loss.item()} in step {step + 1} at learning rate {schedule.get_last_lr()[0]:.4g}: "
+                    "take another --seed or a larger --batch"
+                )
             progress.set_postfix_str(f"loss {loss.item():.3f}, found {' '.join(f'{float(f):.1%}' for f in found)}")
     return model.pyramid.eval().cpu(), found.tolist()
 
@@ -167,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--steps", type=count, default=1300, help="of training (default: 1300)")
     add("--batch", type=count, default=64, help="pictures in a step (default: 64)")
     add("--seed", type=int, default=0, help="default: 0")
+    add("--device", choices=DEVICES, default="auto", help="to train on (default: a GPU if torch finds one)")
     add("--out", type=Path, required=True, metavar="FILE", help="the weights, .npz")
     chosen = options.parse_args(arguments)
     return run_command("make_teacher", lambda: _make(chosen), "nothing was written")
@@ -175,11 +182,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _make(chosen: Namespace) -> None:
     with storage_errors(chosen.out):  # now, and not after the training
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.device(device_of("auto"))
+    device = torch.device(device_of(chosen.device))
     start = time.monotonic()
-    pool = drawn(chosen.pictures, chosen.seed, device)
-    ready = time.monotonic()
-    pyramid, found = train(pool, chosen.steps, chosen.batch, chosen.seed)
+    with on(device.type):
+        pool = drawn(chosen.pictures, chosen.seed, device)
+        ready = time.monotonic()
+        pyramid, found = train(pool, chosen.steps, chosen.batch, chosen.seed)
+    if not all(value.isfinite().all() for value in pyramid.state_dict().values()):
+        raise TrainingError("a weight of the teacher is not finite: take another --seed or a larger --batch")
     write_weights(chosen.out, pyramid.state_dict(), np.float16)
     print(
         f"{chosen.out}: drawn in {ready - start:.0f} s, trained on {device.type} in {time.monotonic() - ready:.0f} s, "
