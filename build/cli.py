@@ -11,7 +11,7 @@ import torch
 from stpm.build.assemble import Wish, build_bundle, check_out
 from stpm.build.compile import BACKENDS, Compiler, OpenVinoCompiler, TensorRtCompiler
 from stpm.build.curve import learning_curve
-from stpm.build.device import DEVICES, device_of, emulates_bfloat16
+from stpm.build.device import DEVICES, device_of, emulates_bfloat16, keep_freed_memory
 from stpm.build.gpu.cli import add_plan_options, plan_options
 from stpm.build.methods import METHODS
 from stpm.build.methods.base import Method, fits_teacher
@@ -333,6 +333,8 @@ def _job(chosen: argparse.Namespace) -> Job:
             "--patience with the one-cycle schedule, whose last epochs are its best: leave it out and choose --epochs"
         )
     device = device_of(chosen.device)
+    if device == "cpu":
+        keep_freed_memory()
     if recipe.bfloat16 and emulates_bfloat16(device):
         warn("this CPU has no bfloat16 arithmetic and is many times slower with it: leave --bfloat16 out")
     width, height = chosen.size

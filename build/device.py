@@ -1,5 +1,6 @@
 """What training runs on: the CPU, or a GPU that torch can use."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from stpm.edge.errors import ConfigError, DeviceError
 
 DEVICES = ("auto", "cpu", "cuda")
 CPU_FACTS = Path("/proc/cpuinfo")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def device_of(wish: str) -> str:
@@ -28,6 +30,15 @@ def emulates_bfloat16(device: str) -> bool:
     """Whether it has no arithmetic for it: x86 names that avx512_bf16 or amx_bf16, Arm bf16. GPUs before Ampere
     emulate it too, but fast enough."""
     return device == "cpu" and CPU_FACTS.is_file() and "bf16" not in CPU_FACTS.read_text()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, instead of having it zeroed again by the kernel for every tensor of every
+    step: a fifth of the time of a training on a CPU. Without glibc nothing is changed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 @contextmanager

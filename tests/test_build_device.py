@@ -1,5 +1,9 @@
 """Where training runs, and that the networks come back from there."""
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +83,29 @@ def test_networks_come_back_also_when_the_memory_of_the_gpu_was_too_small():
     with pytest.raises(DeviceError, match="--device cpu"), on("cuda", network):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
     assert network.sent == ["cuda", "cpu"] * 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_freed_memory_is_used_again_without_the_kernel_zeroing_it():
+    program = """
+import resource, sys, torch
+from stpm.build.device import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(64 << 18)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+plain = faults()
+keep_freed_memory()
+faults()
+print(plain, faults())
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    plain, kept = map(int, told.split())
+    assert plain > 200  # 320 if the kernel takes pages of 2 MiB
+    assert kept < plain / 20
 
 
 class NeverMixed(TorchDispatchMode):

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from stpm.build.device import DEVICES, device_of, on
+from stpm.build.device import DEVICES, device_of, keep_freed_memory, on
 from stpm.build.pyramid import TAPS, Pyramid, channels_last, channels_of, weights_hash
 from stpm.build.weights import write_weights
 from stpm.edge.cli import count
@@ -183,6 +183,8 @@ def _make(chosen: Namespace) -> None:
     with storage_errors(chosen.out):  # now, and not after the training
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(device_of(chosen.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     start = time.monotonic()
     with on(device.type):
         pool = drawn(chosen.pictures, chosen.seed, device)
