@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,7 +54,7 @@ def share(text: str) -> float:
 def setting(text: str) -> tuple[str, object]:
     """KEY=VALUE, the value as in TOML, or a bare word."""
     key, equals, value = text.partition("=")
-    if not equals or not all(part.isidentifier() for part in key.split(".")):
+    if not equals or not all(re.fullmatch("[A-Za-z0-9_]+", part) for part in key.split(".")):
         raise argparse.ArgumentTypeError(f"wanted TABLE.KEY=VALUE, found {text}")
     try:
         return key, msgspec.toml.decode(f"value = {value}")["value"]
@@ -106,7 +107,7 @@ def station_of(options: argparse.Namespace) -> Station:
         "engine.backend": options.backend,
         "parts.limit": options.parts,
         "journal.folder": options.journal,
-        "recipes": {"1": str(options.bundle)} if options.bundle else None,
+        "recipes.1": str(options.bundle) if options.bundle else None,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
     station = checked(read_station(options.config, {**overrides, **dict(options.set)}))

@@ -98,6 +98,9 @@ def read_station(path: Path | None, overrides: Mapping[str, object]) -> Station:
             if not isinstance(table, dict):
                 raise ConfigError(f"{path}: `{each}` is {table!r} there, and should be a table: write [{each}]")
         table[key] = value
+    camera = values.get("camera")
+    if isinstance(camera, dict) and type(camera.get("source")) is int:  # the index of a camera
+        camera["source"] = str(camera["source"])
     where = str(path) if path else "the command line"
     try:
         return msgspec.convert(values, Station)
@@ -109,7 +112,6 @@ def checked(station: Station) -> Station:
     """The station; ConfigError where settings are missing or contradict each other."""
     camera, gate, plc = station.camera, station.gate, station.plc
     recipes = station.recipes or {"1": ""}  # the only bundle in ./bundles
-    two_way = plc.port != "none" and (plc.protocol != "pins" or plc.pins.trigger != "none")
     contradictions = {
         "camera.source is missing: give --camera SOURCE": not camera.source,
         "plc.port is missing: give --plc PORT, or `none`": not plc.port,
@@ -119,20 +121,29 @@ def checked(station: Station) -> Station:
         f"recipe {station.recipe} is not in [recipes]: known are {', '.join(recipes)}": (
             station.recipe is not None and str(station.recipe) not in recipes
         ),
-        'camera.trigger = "software" needs a PLC that triggers: set plc.port, and plc.pins.trigger for pins': (
-            camera.trigger == "software" and not two_way
-        ),
+        'camera.trigger = "software" needs a PLC that triggers: set plc.port, and plc.pins.trigger for pins or '
+        "plc.io.trigger_input for remote I/O": (camera.trigger == "software" and not plc.has_trigger),
         'gate.mode = "delay" needs gate.delay_ms, from the camera to the gate': (
             gate.mode == "delay" and not gate.delay_ms
         ),
         'gate.mode = "encoder" needs gate.counts, from the camera to the gate': (
             gate.mode == "encoder" and not gate.counts
         ),
-        'gate.mode = "encoder" needs a PLC that sends counts: ascii or Modbus': (
-            gate.mode == "encoder" and (plc.port == "none" or plc.protocol == "pins")
+        'gate.mode = "encoder" needs a PLC that sends counts: ascii, or Modbus without [plc.io]': (
+            gate.mode == "encoder" and not plc.talks
         ),
-        'plc.protocol = "pins" needs gate.mode "delay": two outputs can tell a PLC no part\'s verdict': (
-            plc.port != "none" and plc.protocol == "pins" and gate.mode == "plc"
+        'plc.protocol = "pins" and [plc.io] need gate.mode "delay": outputs can tell a PLC no part\'s verdict': (
+            plc.port != "none" and gate.mode == "plc" and not plc.talks
+        ),
+        'gate.mode = "delay" needs an output: set plc.pins.gate for pins, or plc.io.gate_coil for remote I/O': (
+            plc.port != "none" and gate.mode == "delay" and not plc.has_gate
+        ),
+        "plc.enable needs a PLC that says so: ascii, or Modbus without [plc.io]": plc.enable and not plc.talks,
+        "plc.peer_timeout_s needs a PLC that beats: ascii, or Modbus without [plc.io]": (
+            plc.peer_timeout_s > 0 and not plc.talks
+        ),
+        f'[plc.io] is for plc.protocol = "modbus-master", found {plc.protocol}: set it, or leave [plc.io] out': (
+            plc.io is not None and plc.protocol != "modbus-master"
         ),
         f"[plc.pins] gate and ready are both {plc.pins.gate}: give each its own, or none": (
             plc.protocol == "pins" and plc.pins.gate == plc.pins.ready != "none"

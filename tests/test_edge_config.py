@@ -66,6 +66,12 @@ def test_options_override_the_file(file):
         ({"parts.queue": 0}, ["parts.queue", "1"]),
         ({"gate.pulse_ms": -5}, ["gate.pulse_ms"]),
         ({"parts.queue": 25}, ["parts.queue", "24"]),
+        ({"parts.deadline_ms": float("inf")}, ["parts.deadline_ms", "1000000000"]),
+        ({"gate.delay_ms": float("nan")}, ["gate.delay_ms"]),
+        ({"plc.map.status_bits": 65536}, ["plc.map.status_bits", "65535"]),
+        ({"plc.map.status_registers": -1}, ["plc.map.status_registers", "0"]),
+        ({"plc.io.gate_coil": 70000}, ["plc.io.gate_coil", "65535"]),
+        ({"camera.source": 1.5}, ["camera.source", "str"]),
         ({"station": 3, "station.name": "x"}, ["`station` is 3", "[station]"]),
     ],
 )
@@ -91,22 +97,68 @@ def test_a_file_that_is_not_toml_or_not_there(tmp_path):
         ({"plc.port": ""}, "plc.port is missing"),
         ({"gate.delay_ms": 0}, "needs gate.delay_ms"),
         ({"gate.mode": "encoder"}, "needs gate.counts"),
+        ({"gate.mode": "encoder", "gate.counts": 100}, "needs a PLC that sends counts"),
+        ({"gate.mode": "plc"}, r"\[plc.io\] need gate.mode \"delay\""),
+        ({"plc.io.gate_coil": None, "plc.io.ready_coil": 1}, "needs an output"),
+        ({"plc.protocol": "pins", "plc.io": None, "plc.pins.gate": "none"}, "needs an output"),
+        ({"plc.protocol": "ascii"}, r'\[plc.io\] is for plc.protocol = "modbus-master", found ascii'),
+        *(
+            ({**other, key: value}, words)
+            for key, value, words in (
+                ("plc.enable", True, "plc.enable needs a PLC"),
+                ("plc.peer_timeout_s", 1.0, "peer_timeout_s needs a PLC"),
+            )
+            for other in ({}, {"plc.port": "none"}, {"plc.protocol": "pins", "plc.io": None})
+        ),
+        ({"plc.protocol": "modbus-slave", "plc.io": None, "plc.map.status_bits": 65530}, "beyond 65535"),
+        ({"plc.protocol": "modbus-master", "plc.io": None, "plc.map.status_registers": 65535}, "beyond 65535"),
         ({"gate.mode": "encoder", "gate.counts": 100, "plc.port": "none"}, "needs a PLC that sends counts"),
-        ({"plc.protocol": "pins", "gate.mode": "plc"}, "pins"),
+        ({"plc.protocol": "pins", "plc.io": None, "gate.mode": "plc"}, "pins.* need gate.mode"),
         ({"camera.policy": "latest"}, "a gate needs every part"),
         ({"camera.trigger": "software", "plc.port": "none"}, "needs a PLC that triggers"),
-        ({"camera.trigger": "software", "plc.protocol": "pins"}, "needs a PLC that triggers"),
+        ({"camera.trigger": "software", "plc.protocol": "pins", "plc.io": None}, "needs a PLC that triggers"),
+        ({"camera.trigger": "software"}, "needs a PLC that triggers.*plc.io.trigger_input"),
         *(({"recipes": {key: "bundle"}}, "recipes have numbers") for key in ("one", "0", "01", "65536", "-1")),
         ({"recipe": 7}, r"recipe 7 is not in \[recipes\]: known are 1, 2"),
         ({"recipe": 2, "recipes": {}}, r"recipe 2 is not in \[recipes\]: known are 1"),
-        ({"plc.protocol": "pins", "plc.pins.ready": "rts"}, "gate and ready are both rts"),
+        ({"plc.protocol": "pins", "plc.io": None, "plc.pins.ready": "rts"}, "gate and ready are both rts"),
         ({"plc.protocol": "modbus-master", "plc.io": None, "plc.map.status_bits": 3}, "overlap"),
-        ({"plc.protocol": "modbus-slave", "plc.map.mirror_registers": 3}, "overlap"),
+        ({"plc.protocol": "modbus-slave", "plc.io": None, "plc.map.mirror_registers": 3}, "overlap"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(file, override, words):
     with pytest.raises(ConfigError, match=words):
         checked(read_station(file, override))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"camera.trigger": "software", "camera.policy": "latest", "plc.io.trigger_input": 0},
+        {"plc.enable": True, "plc.peer_timeout_s": 2.0, "plc.io": None},
+        {"plc.protocol": "pins", "plc.io": None, "camera.trigger": "software", "plc.pins.trigger": "cts"},
+        {"plc.port": "none", "gate.mode": "plc"},
+    ],
+)
+def test_settings_that_belong_together_are_taken(file, override):
+    assert checked(read_station(file, override))
+
+
+def test_a_camera_may_be_given_by_its_number(file):
+    file.write_text(STATION.replace('source = "0"', "source = 0"))
+    assert read_station(file, {}).camera.source == "0"
+    assert read_station(file, {"camera.source": 2}).camera.source == "2"
+
+
+def remote_io_of_the_document():
+    text = (Path(__file__).parents[1] / "docs" / "plc.md").read_text()
+    return text.split("### Remote I/O instead of a PLC")[1].split("```toml\n")[1].split("```")[0]
+
+
+def test_the_remote_io_of_the_document_is_a_whole_station(tmp_path):
+    (tmp_path / "io.toml").write_text(remote_io_of_the_document())
+    station = checked(read_station(tmp_path / "io.toml", {"camera.source": "0", "plc.port": "/dev/ttyUSB0"}))
+    assert station.gate.mode == "delay"
 
 
 # --- the document

@@ -74,7 +74,7 @@ class Gate:
             except ProtocolError:
                 self.damaged += 1
                 continue
-            booted = message == State("BOOT")
+            booted = isinstance(message, State) and message.state == "BOOT"
             if self._expected is not None and sequence != self._expected and not booted:
                 self.lost += (sequence - self._expected) % SEQUENCE_MODULUS
             self._expected = (sequence + 1) % SEQUENCE_MODULUS

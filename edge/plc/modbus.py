@@ -25,7 +25,13 @@ def new_handshake(settings: PlcSettings, now_ns: int) -> Handshake:
 
 
 def check_master_map(map: RegisterMap) -> None:
-    """ConfigError where what we write into the PLC would overwrite what the PLC tells us."""
+    """ConfigError where what we write into the PLC would overwrite what the PLC tells us, or lies nowhere."""
+    _fits(
+        control_coils=(map.control_coils, CONTROL_COILS),
+        control_registers=(map.control_registers, CONTROL_REGISTERS),
+        status_bits=(map.status_bits, STATUS_BITS),
+        status_registers=(map.status_registers, STATUS_REGISTERS),
+    )
     _apart("control_coils", map.control_coils, CONTROL_COILS, "status_bits", map.status_bits, STATUS_BITS)
     _apart(
         "control_registers",
@@ -38,7 +44,14 @@ def check_master_map(map: RegisterMap) -> None:
 
 
 def check_slave_map(map: RegisterMap) -> None:
-    """ConfigError where the mirror of the status lies on what the PLC writes."""
+    """ConfigError where the mirror of the status lies on what the PLC writes, or something lies nowhere."""
+    _fits(
+        control_coils=(map.control_coils, CONTROL_COILS),
+        control_registers=(map.control_registers, CONTROL_REGISTERS),
+        status_bits=(map.status_bits, STATUS_BITS),
+        status_registers=(map.status_registers, STATUS_REGISTERS),
+        mirror_registers=(map.mirror_registers, STATUS_REGISTERS),
+    )
     _apart(
         "control_registers",
         map.control_registers,
@@ -47,6 +60,12 @@ def check_slave_map(map: RegisterMap) -> None:
         map.mirror_registers,
         STATUS_REGISTERS,
     )
+
+
+def _fits(**tables: tuple[int, int]) -> None:
+    for name, (first, count) in tables.items():
+        if first + count > 1 << 16:
+            raise ConfigError(f"{name} ({first} to {first + count - 1}) goes beyond 65535 in [plc.map]: move it")
 
 
 def _apart(a: str, a_first: int, a_count: int, b: str, b_first: int, b_count: int) -> None:

@@ -8,6 +8,7 @@ from stpm.edge.limits import AtLeastOne, NotNegative, Positive
 
 # the last words of a link take a few of them
 Timeout = Annotated[float, msgspec.Meta(gt=0, le=500)]
+Address = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Protocol = Literal["ascii", "modbus-master", "modbus-slave", "pins"]
 
 
@@ -24,20 +25,20 @@ class RegisterMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     # modbus-slave answers at these; modbus-master reads `control_*` from the PLC and writes `status_*` into it, where
     # both are coils, or holding registers: they must not overlap
-    control_coils: int = 0
-    control_registers: int = 0
-    status_bits: int = 100  # slave: discrete inputs; master: coils of the PLC
-    status_registers: int = 100  # slave: input registers; master: holding registers of the PLC
-    mirror_registers: int = 1000  # slave: the status registers again, as holding registers
+    control_coils: Address = 0
+    control_registers: Address = 0
+    status_bits: Address = 100  # slave: discrete inputs; master: coils of the PLC
+    status_registers: Address = 100  # slave: input registers; master: holding registers of the PLC
+    mirror_registers: Address = 1000  # slave: the status registers again, as holding registers
 
 
 class RemoteIo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[plc.io]: modbus-master without a PLC: coils of a remote I/O block instead of the map. None: not used."""
 
-    gate_coil: int | None = None
-    ready_coil: int | None = None
-    heartbeat_coil: int | None = None
-    trigger_input: int | None = None  # discrete input, rising edge
+    gate_coil: Address | None = None
+    ready_coil: Address | None = None
+    heartbeat_coil: Address | None = None
+    trigger_input: Address | None = None  # discrete input, rising edge
 
 
 class PlcSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,3 +61,21 @@ class PlcSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pins: Pins = Pins()
     map: RegisterMap = RegisterMap()
     io: RemoteIo | None = None
+
+    @property
+    def talks(self) -> bool:
+        """Whether somebody is there to be told and to tell. Pins and remote I/O are outputs, and perhaps an input."""
+        return self.port != "none" and self.protocol != "pins" and self.io is None
+
+    @property
+    def has_trigger(self) -> bool:
+        return self.talks or self._has(self.pins.trigger, self.io.trigger_input if self.io else None)
+
+    @property
+    def has_gate(self) -> bool:
+        return self.talks or self._has(self.pins.gate, self.io.gate_coil if self.io else None)
+
+    def _has(self, pin: str, address: int | None) -> bool:
+        if self.port == "none":
+            return False
+        return pin != "none" if self.protocol == "pins" else address is not None
