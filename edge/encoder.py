@@ -75,6 +75,10 @@ class Encoder:
     def newest_ns(self) -> int:
         return self._samples[-1][0] if self._samples else -1
 
+    def reached(self, count: float) -> bool:
+        """Whether it has been read there, or beyond."""
+        return bool(self._samples) and self._samples[-1][1] >= count
+
     def lost(self, now_ns: int) -> bool:
         return not self._samples or now_ns - self._samples[-1][0] > self._timeout_ns
 

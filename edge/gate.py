@@ -44,6 +44,8 @@ class Window:
     placed: bool = False  # the encoder has been read since the capture: the position is final
     due_ns: int | None = None  # None: the encoder cannot say yet
     ends_ns: int | None = None  # set when it has begun
+    least_ns: int = 0  # when a reject ends that the belt does not hold up
+    arrived: bool = False  # by the encoder, not by its speed
     passes: bool = False
 
 
@@ -155,9 +157,11 @@ class Gate:
         for window in self._windows:
             if window.ends_ns is None and window.due_ns is not None and window.due_ns <= now_ns:
                 window.passes = window.passes and not self._held  # for good: what is told of it must stay true
-                window.ends_ns = self._end_of(window, window.due_ns, now_ns)
+                window.ends_ns = window.least_ns = self._end_of(window, window.due_ns, now_ns)
                 last = max(last or (0, 0), (window.due_ns, window.id))
                 self._decided(window.part, self._outcome(window, now_ns))
+        for window in self._windows:
+            self._hold_up(window, now_ns)
         for window in [window for window in self._windows if window.ends_ns is not None and window.ends_ns <= now_ns]:
             last = max(last or (0, 0), (window.ends_ns or 0, window.id))
             self._windows.remove(window)
@@ -177,6 +181,21 @@ class Gate:
         """A reject that begins late is not the shorter for it; a pass is."""
         late = not window.passes and now_ns < due_ns + self.pulse_ns
         return (now_ns if late else due_ns) + self.pulse_ns
+
+    def _hold_up(self, window: Window, now_ns: int) -> None:
+        """A reject that has begun by the speed of the belt is not over before the belt has brought the part: it may
+        have stopped just before the gate."""
+        if (
+            self.encoder is None
+            or window.ends_ns is None
+            or window.passes
+            or window.arrived
+            or window.position is None
+        ):
+            return
+        window.arrived = self.encoder.reached(window.position)
+        came_ns = (self.encoder.time_of(window.position) or now_ns) if window.arrived else now_ns
+        window.ends_ns = max(window.least_ns, came_ns + self.pulse_ns)
 
     def _outcome(self, window: Window, now_ns: int) -> str:
         past = window.ends_ns is not None and window.ends_ns <= now_ns
@@ -203,7 +222,9 @@ class Gate:
         if self._unseen is not None:
             self._estimate(self._unseen)
             due_ns = self._unseen.due_ns
-            if due_ns is not None and now_ns >= due_ns + self.pulse_ns:
+            unseen = self._unseen.position
+            brought = self.encoder is None or (unseen is not None and self.encoder.reached(unseen))
+            if due_ns is not None and now_ns >= due_ns + self.pulse_ns and brought:
                 self._unseen, self._abandoned = None, False
 
     def _estimate(self, window: Window) -> None:

@@ -9,5 +9,6 @@ LARGEST = 1e9
 
 Positive = Annotated[float, msgspec.Meta(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=LARGEST)]
+Unlimited = Annotated[float, msgspec.Meta(gt=0)]  # inf: without a limit
 Count = Annotated[int, msgspec.Meta(ge=0)]
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]

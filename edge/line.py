@@ -125,6 +125,9 @@ class Line:
             self._look_for_gap(number, at_ns, now_ns)
         self.gate.triggered(at_ns)
         part = self._new_part(at_ns, number)
+        for each in self._undecided:  # whose picture came before we heard of this part
+            if each.frame is not None and each.began_ns < at_ns <= each.frame.captured_ns:
+                self._judge(each, judge(None, 0, _shows_next(part)), now_ns)
         self._awaiting[part.key] = part
         if not self._take_picture(part.key):
             self._judge(part, judge(None, 0, "the camera is not there"), now_ns)
@@ -208,6 +211,9 @@ class Line:
             case plc.Disconnected(_, sentence):
                 if self.health.fault("plc", sentence, PlcError.exit_code):
                     self.alarm(sentence)
+                # a gap in the lines of ascii tells whether something was said meanwhile; bits and pins tell nothing
+                if self._unnumbered and self.station.plc.protocol != "ascii":
+                    self._out_of_step(f"{sentence}; triggers without numbers may have been lost meanwhile")
             case plc.PeerBeat(at_ns):
                 self._peer_heard_ns = at_ns
                 if self.health.settle("silence"):
@@ -381,6 +387,13 @@ class Line:
         if waited_ns > self._deadline_ns / 2:  # only a triggered picture can be later than its part
             sentence = f"its picture was taken {waited_ns / MS:.0f} ms after the trigger, and may show another part"
             self._judge(part, judge(None, 0, sentence), now_ns)
+            self._give_back(part)
+            return
+        after = next(
+            (each for each in self._awaiting.values() if part.began_ns < each.began_ns <= frame.captured_ns), None
+        )
+        if after is not None:
+            self._judge(part, judge(None, 0, _shows_next(after)), now_ns)
             self._give_back(part)
             return
         self.gate.captured(part, frame.captured_ns)
@@ -578,3 +591,7 @@ class Line:
         if part.frame is not None and part.frame.slot is not None:
             self._release(part.frame.slot)
             part.frame = msgspec.structs.replace(part.frame, slot=None)
+
+
+def _shows_next(part: Part) -> str:
+    return f"its picture was taken after the trigger of part {part.id}, and may show that one"

@@ -125,6 +125,7 @@ class Recipes:
         if host is None:
             done(False, f"recipe {recipe} is not loaded: known are {self._named}")
         elif recipe == self.active:
+            self._overtake(f"recipe {recipe} was asked for again")
             done(True, f"recipe {recipe} is the active one already")
         elif not host.free:
             done(False, f"the engine of recipe {recipe} is not ready: {host.error or 'it is busy'}")
@@ -148,6 +149,13 @@ class Recipes:
             done(False, f"there is no earlier bundle of recipe {recipe} to go back to")
         elif self._begin(Change(recipe, host, f"recipe {recipe} rolled back", done)):
             host.test(now_ns)
+
+    def _overtake(self, why: str) -> None:
+        """Whoever asked last for a recipe gets it: a switch that is under way is given up."""
+        change = self._change
+        if change is not None and self._hosts.get(change.recipe) is change.host:
+            self._change = None
+            change.done(False, f"{change.what} was given up: {why}")
 
     def _begin(self, change: Change) -> bool:
         if self._change is not None:

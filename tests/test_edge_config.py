@@ -144,6 +144,11 @@ def test_settings_that_belong_together_are_taken(file, override):
     assert checked(read_station(file, override))
 
 
+def test_a_journal_may_be_kept_for_ever(file):
+    journal = read_station(file, {"journal.max_days": float("inf"), "journal.max_gb": float("inf")}).journal
+    assert journal.max_days == journal.max_gb == float("inf")
+
+
 def test_a_camera_may_be_given_by_its_number(file):
     file.write_text(STATION.replace('source = "0"', "source = 0"))
     assert read_station(file, {}).camera.source == "0"

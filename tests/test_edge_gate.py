@@ -183,6 +183,45 @@ def test_a_belt_that_stops_just_before_the_capture_is_known_with_the_next_count(
     assert on(bench.run(200, at=at)) == [(150, 170)]
 
 
+@pytest.mark.parametrize("every_ms", [5, 20, 50])
+@pytest.mark.parametrize("short", [1, 10, 30])
+def test_a_reject_waits_for_a_belt_that_stops_just_before_the_gate(every_ms, short):
+    """By its speed the part would be there; the belt stands for half a second and then brings it."""
+    bench = Bench(mode="encoder", polarity="reject", counts=1000, pulse_ms=40, encoder_timeout_ms=200)
+    bench.gate.hold(False, LONG_AGO)
+    bench.gate._unseen = None
+    stops = 1000 + 100 - short
+
+    def at(ms):
+        if ms % every_ms == 0:
+            bench.gate.encoder.add(ms * MS, min(ms, stops) + max(0, ms - stops - 500))
+        if ms == 100:
+            bench.gate.plan(1, 100 * MS)
+            bench.gate.decide(1, False)
+
+    levels = bench.run(2200, at=at)
+    comes = 1100 + 500
+    assert all(levels[comes : comes + 38])
+    assert not any(levels[: stops - every_ms - 1])
+    assert not any(levels[comes + 40 + every_ms :])
+    assert bench.decisions == {1: "rejected"}
+
+
+def test_a_belt_that_runs_on_is_no_reason_to_reject_longer():
+    bench = Bench(mode="encoder", polarity="reject", counts=1000, pulse_ms=40, encoder_timeout_ms=200)
+    bench.gate.hold(False, LONG_AGO)
+    bench.gate._unseen = None
+
+    def at(ms):
+        if ms % 20 == 0:
+            bench.gate.encoder.add(ms * MS, ms)
+        if ms == 100:
+            bench.gate.plan(1, 100 * MS)
+            bench.gate.decide(1, False)
+
+    assert on(bench.run(2000, at=at)) == [(1100, 1140)]
+
+
 def test_parts_are_abandoned_when_the_encoder_is_lost():
     bench = Bench(mode="encoder", polarity="accept", counts=100, pulse_ms=20)
     bench.gate.plan(1, 0)

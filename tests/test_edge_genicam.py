@@ -265,6 +265,18 @@ def test_the_trigger_of_an_earlier_user_is_switched_off(emulator, camera):
 
 
 @emulated
+def test_a_camera_that_a_wire_triggers_is_not_made_to_run_by_itself(emulator, camera):
+    source = camera(trigger="software")
+    source._call("arv_camera_set_trigger", source._camera, b"Line0")
+    source.close()
+    with pytest.raises(CameraError, match=r"triggered by a wire \(Line0\)"):
+        camera(width=64, height=48)
+    assert register(0x300) == 1
+    camera(trigger="software").close()
+    assert len(read(camera(width=64, height=48), 5)) == 5
+
+
+@emulated
 def test_a_setting_that_did_not_stick_is_seen(emulator, camera):
     source = camera(trigger="software", fps=30)
     assert source.settings() == {"fps": ("30", "a frame for each trigger")}

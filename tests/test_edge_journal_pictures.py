@@ -131,6 +131,25 @@ def test_the_oldest_pictures_go_when_there_are_too_many_bytes(tmp_path):
     assert not old.exists()
 
 
+def test_what_somebody_else_has_put_beside_the_pictures_stays_and_stops_nothing(tmp_path):
+    size = 10_000
+    day = tmp_path / "pictures" / "20200101"
+    for folder in (day / "keep", day / ".trash"):
+        folder.mkdir(parents=True)
+        (folder / "picture.png").write_bytes(bytes(size))
+    (day / "old.png").write_bytes(bytes(size))
+    pictures = Pictures(tmp_path, 3 * size)
+    pictures.measure(lambda: None)
+    at = utc_now()
+    for part in range(5):
+        pictures.write(picture_path(at, part, at, "FAIL"), bytes(size))
+    assert len(list((tmp_path / "pictures" / at[:10].replace("-", "")).iterdir())) == 3
+    assert sorted(path.name for path in day.iterdir()) == [".trash", "keep"]
+    while pictures.expire("99990101"):
+        pass
+    assert (day / "keep" / "picture.png").exists()
+
+
 def test_what_is_too_old_is_deleted(lines, tmp_path):
     now = datetime.now(timezone.utc)
     long_ago = (now - timedelta(days=8)).isoformat(timespec="microseconds")

@@ -490,6 +490,52 @@ def test_a_picture_long_after_its_trigger_may_show_another_part(waited_ms, verdi
     bench.settled()
 
 
+def test_a_picture_taken_after_the_next_trigger_may_show_that_part():
+    bench = triggered()
+    bench.trigger(1)
+    bench.tick(100)
+    bench.trigger(2)
+    bench.tick(5)
+    bench.frame(trigger=1)
+    bench.tick(3)
+    bench.frame(trigger=2)
+    bench.answer()
+    assert bench.link.verdicts == [(1, "UNKNOWN"), (2, "PASS")]
+    assert "after the trigger of part 2" in bench.journal.parts[0][2]
+    bench.settled()
+
+
+@pytest.mark.parametrize(("age_ms", "verdicts"), [(3, [(1, "UNKNOWN")]), (20, [(1, "PASS")])])
+def test_a_trigger_that_is_heard_after_a_picture_was_taken_before_it(age_ms, verdicts):
+    """The next part's trigger is 10 ms old when it is heard; the picture of the part before came meanwhile."""
+    bench = triggered()
+    bench.trigger(1)
+    bench.tick(100)
+    bench.frame(trigger=1, age_ms=age_ms)
+    bench.line.link_event(plc.Triggered(bench.now - 10 * MS, 2), bench.now)
+    bench.answer()
+    assert bench.link.verdicts == verdicts
+    bench.frame(trigger=2)
+    bench.answer()
+    assert bench.link.verdicts == [*verdicts, (2, "PASS")]
+    bench.settled()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "number", "state"),
+    [("modbus-master", None, "FAULT"), ("modbus-master", 1, "RUNNING"), ("ascii", None, "RUNNING")],
+)
+def test_triggers_without_numbers_may_be_lost_while_the_link_is_down(protocol, number, state):
+    bench = triggered(plc__protocol=protocol)
+    bench.trigger(number)
+    bench.frame(trigger=1)
+    bench.answer()
+    bench.line.link_event(plc.Disconnected(bench.now, "the PLC does not answer"), bench.now)
+    bench.line.link_event(plc.Connected(bench.now), bench.now)
+    bench.tick()
+    assert bench.line.health.state == state
+
+
 def test_numbered_triggers_that_were_ignored_are_no_gap():
     bench = triggered(plc__enable=True)
     for on, numbers in ((True, [100]), (False, [101, 102]), (True, [103])):

@@ -166,6 +166,22 @@ def test_a_self_test_that_hangs_blocks_other_changes_for_a_while_only(bench, mon
     assert line.longest_s < AT_ONCE_S
 
 
+def test_the_last_recipe_that_was_asked_for_is_the_one(bench):
+    """2, and 1 again while the engine of 2 is still at its self test."""
+    line = bench("pass", recipes=2)
+    told = []
+    now_ns = time.monotonic_ns()
+    line.recipes.switch(2, lambda *what: told.append((2, *what)), now_ns)
+    line.recipes.switch(1, lambda *what: told.append((1, *what)), now_ns)
+    assert [(recipe, good) for recipe, good, _ in told] == [(2, False), (1, True)]
+    assert "given up" in told[0][2]
+    line.until(lambda: line.recipes.ready)
+    assert line.recipes.active == 1
+    assert line.change(line.recipes.switch, 2)
+    assert line.recipes.active == 2
+    assert len(told) == 2
+
+
 def test_the_end_of_all_engines_is_awaited_once(bench):
     line = bench("pass", recipes=3)
     for pid in line.running():

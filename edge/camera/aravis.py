@@ -111,6 +111,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "arv_camera_set_gain_auto": (None, _IN, c_int, _FAILS),
     "arv_camera_get_gain": (c_double, _IN, _FAILS),
     "arv_camera_set_gain": (None, _IN, c_double, _FAILS),
+    "arv_camera_get_string": (c_char_p, _IN, c_char_p, _FAILS),
     "arv_camera_clear_triggers": (None, _IN, _FAILS),
     "arv_camera_set_trigger": (None, _IN, c_char_p, _FAILS),
     "arv_camera_software_trigger": (None, _IN, _FAILS),
@@ -282,6 +283,8 @@ class AravisSource:
             call("arv_camera_stop_acquisition", camera)  # a program that was killed has left it running
         call("arv_camera_set_acquisition_mode", camera, CONTINUOUS)
         if call("arv_camera_is_feature_available", camera, b"TriggerMode"):
+            if not self.triggered:
+                self._refuse_wire()
             call("arv_camera_clear_triggers", camera)
         self._choose_format(settings.fourcc)
         self._set_size(settings.width, settings.height)
@@ -364,6 +367,18 @@ class AravisSource:
         self._missed(first)
         self._push(first)
         self._heard_ns = self._look_at_clocks()
+
+    def _refuse_wire(self) -> None:
+        """One that a wire triggers would run by itself from here on, and every picture would be taken for a part."""
+        with suppress(_RefusedError):  # has no such feature
+            mode, source = (
+                self._call("arv_camera_get_string", self._camera, name) for name in (b"TriggerMode", b"TriggerSource")
+            )
+            if mode == b"On" and source and source.startswith(b"Line"):
+                raise CameraError(
+                    f"the camera {self._name} is set to be triggered by a wire ({source.decode()}), which is not "
+                    'supported: set camera.trigger = "software", or its TriggerMode to Off to let it run by itself'
+                )
 
     # --- running
 

@@ -21,7 +21,7 @@ from stpm.edge.engine.messages import (
     ToEngine,
 )
 from stpm.edge.errors import BundleError, DeviceError, EngineError, FrameError, InputError, StpmError
-from stpm.edge.ring import Ring
+from stpm.edge.ring import MAP_BYTES, Ring
 from stpm.edge.selftest import self_test
 from stpm.edge.worker import serve
 
@@ -97,7 +97,7 @@ def _inspect(engine: Engine, ring: Ring, asked: Inspect) -> Inspected:
     began = time.monotonic_ns()
     found = engine.inspect(ring.image(asked.slot, asked.shape), asked.threshold, asked.with_map)
     shape = None
-    if found.map is not None:
+    if found.map is not None and found.map.nbytes <= MAP_BYTES:  # a larger one is judged, and not drawn
         shape = (found.map.shape[0], found.map.shape[1])
         ring.map(asked.slot, shape)[:] = found.map
     return Inspected(asked.part, found.score, found.box, found.area, shape, began, time.monotonic_ns())

@@ -4,7 +4,7 @@ from datetime import datetime, timedelta, timezone
 
 import msgspec
 
-from stpm.edge.limits import Count, Positive
+from stpm.edge.limits import Count, Positive, Unlimited
 
 
 def utc_now() -> str:
@@ -24,8 +24,8 @@ class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     folder: str = ""  # none without one
     rejects: bool = True  # a picture of every reject
     passes_every: Count = 100  # a picture of every so many passes; 0: none
-    max_gb: Positive = 10.0  # pictures; the oldest go first
-    max_days: Positive = 30.0  # pictures and parts
+    max_gb: Unlimited = 10.0  # pictures; the oldest go first
+    max_days: Unlimited = 30.0  # pictures and parts
     commit_s: Positive = 0.2  # what a kill -9 can lose at most
 
 

@@ -5,6 +5,7 @@ that starts with a dot and renamed, so a half one never carries the name of a pi
 failure may leave the last ones empty.
 """
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable
@@ -81,7 +82,7 @@ class Pictures:
         found: dict[str, int] = {}
         for day in _days(self._folder / FOLDER):
             found[day.name] = 0
-            for entry in os.scandir(day):
+            for entry in _files(day):
                 if entry.name.startswith("."):
                     os.unlink(entry.path)
                 else:
@@ -126,7 +127,7 @@ class Pictures:
         day = min(self._bytes)
         folder = self._folder / FOLDER / day
         if not self._oldest or self._oldest[0][0].parent != folder:
-            entries = list(os.scandir(folder)) if folder.is_dir() else []
+            entries = _files(folder) if folder.is_dir() else []
             self._oldest = deque(sorted((Path(entry.path), entry.stat().st_size) for entry in entries))
         if self._oldest:
             path, size = self._oldest[0]
@@ -135,8 +136,11 @@ class Pictures:
             self._bytes[day] -= size
         else:
             del self._bytes[day]
-            if folder.is_dir():
+            try:
                 folder.rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
 
 
 class PictureQueue:
@@ -200,6 +204,12 @@ class PictureQueue:
             return
         part = drawing.part
         self._pictures.write(picture_path(self.run_at, part.part, part.at, part.verdict), content)
+
+
+def _files(folder: Path) -> list[os.DirEntry[str]]:
+    """What else is there somebody has put there, and may keep."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
 
 
 def _days(folder: Path) -> list[Path]:
