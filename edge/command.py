@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from stpm.edge.errors import StorageError, StpmError
+from stpm.edge.errors import InputError, StorageError, StpmError
 
 INTERRUPTED = 130
 
@@ -39,6 +39,10 @@ def run_command(name: str, command: Callable[[], None], when_interrupted: str) -
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {when_interrupted}", file=sys.stderr)
         return INTERRUPTED
+    except UnicodeEncodeError as error:
+        text = str(error.object)[:200].encode("utf-8", "replace").decode()
+        print(f"{name}: {text} cannot be written as {error.encoding}: rename it, or say it otherwise", file=sys.stderr)
+        return InputError.exit_code
     except OSError as error:
         if error.errno == errno.EPIPE:
             say("")  # goes quiet for good

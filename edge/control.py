@@ -140,6 +140,10 @@ def ask(path: str, request: Request, timeout_s: float = 150) -> Answer:
             connection.connect(path)
             connection.send(msgspec.json.encode(request))
             data = connection.recv(LONGEST)
+        except PermissionError as error:
+            raise ConfigError(
+                f"{path} is not open to this user: call it as the user that runs the line, or as one of its group"
+            ) from error
         except OSError as error:
             raise ConfigError(
                 f"no line answers at {path} ({error.strerror or error}): check --socket and that stpm-run is running "

@@ -1,5 +1,6 @@
 """stpm-ctl and systemd: what a running line is asked, and what it tells."""
 
+import errno
 import os
 import resource
 import select
@@ -171,6 +172,15 @@ def test_the_command_prints_the_answer_and_fails_with_it(control, path, capfd):
 def test_no_line_at_the_socket_is_a_sentence(path, capfd):
     assert main(["--socket", path, "status"]) == 2
     assert "no line answers" in capfd.readouterr().err
+
+
+def test_a_socket_of_somebody_else_is_not_taken_for_a_line_that_is_not_there(path, capfd, monkeypatch):
+    def refuse(connection, address):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    assert main(["--socket", path, "status"]) == 2
+    assert "not open to this user" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["recipe"], ["explode"], []])

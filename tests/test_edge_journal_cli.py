@@ -234,6 +234,19 @@ def test_no_journal_and_no_folder(folder, capsys, tmp_path):
     assert "an empty database" in sentence(capsys, "list", tmp_path / "empty")
 
 
+def test_recipes_of_a_run_that_cannot_be_read_leave_the_run_readable(folder, capsys):
+    before = lines_of(capsys, "runs", folder)
+    with sqlite3.connect(folder / "journal.sqlite") as connection:
+        connection.execute("UPDATE runs SET recipes = '{broken'")
+    connection.close()
+    assert len(lines_of(capsys, "runs", folder)) == len(before)
+
+
+def test_text_that_is_not_utf_8_is_a_sentence(folder, capsys):
+    assert main(["list", str(folder), "--reason", "\udce9"]) == 3
+    assert "stpm-journal: ? cannot be written as utf-8" in capsys.readouterr().err
+
+
 def test_a_damaged_journal_and_one_of_another_schema(folder, capsys):
     path = folder / "journal.sqlite"
     content = path.read_bytes()
@@ -279,7 +292,14 @@ def test_reading_changes_nothing_in_the_folder(folder, capsys):
         "list",
         "list here --journal there",
         "list here --from yesterday",
+        "list here --from 999999999d",
+        "list here --from 0001-01-01T00:00+05:00",
         "list here --part x",
+        "list here --part 20-10",
+        "list here --part 99999999999999999999",
+        "list here --last 99999999999999999999",
+        "list here --run 99999999999999999999",
+        "events here --kind jurnal",
         "list here --last 0",
         "export here --format xml --out x",
         "list here --verdict MAYBE",

@@ -37,6 +37,11 @@ def test_bench_measures_bundles_in_turn_and_writes_json(bundles, tmp_path, capsy
     assert max(len(line) for line in printed.splitlines() if "│" not in line and "/" not in line) <= 100
 
 
+def test_the_whole_line_is_measured_with_one_bundle(capsys):
+    assert bench.main(["--line", "--bundle", "a", "--bundle", "b"]) == 2
+    assert "wanted one --bundle with --line, found 2" in capsys.readouterr().err
+
+
 def test_bench_measures_the_whole_line(bundle, tmp_path, capsys):
     words = f"--line --bundle {bundle.path} --runs 40 --repeats 1 --json {tmp_path / 'line.json'}"
     assert bench.main(words.split()) == 0
@@ -141,7 +146,7 @@ def test_an_id_that_was_seen_before_is_rejected_until_the_next_boot():
     gate.feed(lines(State("READY"), Part(1, "FAIL", 0.9), Part(1, "PASS", 0.1), Part(2, "PASS", 0.1)), 0)
     assert gate.passed == [2]
     assert gate.rejected == [1, 1]
-    gate.feed(lines(State("BOOT"), State("READY"), Part(1, "PASS", 0.1)), 0)
+    gate.feed(lines(State("BOOT", recipe=1), State("READY"), Part(1, "PASS", 0.1)), 0)
     assert gate.passed == [2, 1]
     assert gate.lost == 0
 

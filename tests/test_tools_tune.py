@@ -67,6 +67,16 @@ def test_changes_add_up(copy, photos):
     assert (second.after.rule, second.after.normals, second.images_sha256) == ("manual", 0, None)
 
 
+@pytest.mark.parametrize(
+    ("share", "said"), [(1.01, "even the scratched part"), (0.5, None), (0.001, "even the good part")]
+)
+def test_a_threshold_that_tells_nothing_apart_is_named(copy, capsys, share, said):
+    scratched = float(open_bundle(copy).golden().scores.max())
+    assert tune.main(["--bundle", str(copy), "--threshold", str(share * scratched), "--dry-run"]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "of the self test" in line]
+    assert [said in line for line in warnings] == ([True] if said else [])
+
+
 def test_a_dry_run_shows_and_changes_nothing(copy, photos, capsys):
     before = (copy / MANIFEST).read_bytes()
     assert run(copy, photos, "--dry-run") == 0

@@ -24,6 +24,7 @@ from stpm.edge.bundle import Bundle, find_bundle, open_bundle
 from stpm.edge.cli import count
 from stpm.edge.command import parser, run_command
 from stpm.edge.engine import BACKENDS, Engine, open_engine
+from stpm.edge.errors import ConfigError
 from stpm.edge.latency import Latency, Percentiles, table
 from stpm.edge.policy import judge
 from stpm.edge.preprocess import Image
@@ -152,6 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_line(options: argparse.Namespace) -> None:
+    if len(options.bundle or []) > 1:
+        raise ConfigError(f"wanted one --bundle with --line, found {len(options.bundle)}: measure them one by one")
     bundle = options.bundle[0] if options.bundle else find_bundle()
     benchmark = measure_line(bundle, options.backend, options.runs, options.repeats, machine())
     print(", ".join(benchmark.machine.values()))

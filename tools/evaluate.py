@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from stpm.calibration.bootstrap import PixelHistograms, image_intervals, pixel_intervals
-from stpm.calibration.dataset import find_labelled, load_labelled
+from stpm.calibration.dataset import LabelledImage, find_labelled, load_labelled
 from stpm.calibration.evaluation import Evaluation, evaluate, shown
 from stpm.calibration.gate import FIGURES
 from stpm.calibration.metrics import Bools, Floats, auroc, f1_max
@@ -18,6 +18,7 @@ from stpm.edge.bundle import Bundle, find_bundle, open_bundle
 from stpm.edge.command import parser, run_command
 from stpm.edge.engine import BACKENDS, open_engine
 from stpm.edge.errors import InputError
+from stpm.edge.images import printable
 from stpm.edge.picture import defect_picture, sheet
 from stpm.edge.preprocess import Image
 from stpm.edge.storage import storage_errors, write_file, write_json
@@ -111,7 +112,7 @@ def make_report(bundle: Bundle, evaluation: Evaluation, engine: dict[str, str]) 
         {name: Figure(value, intervals[name]) for name, value in values.items()},
         best[1] if best else None,
         _kinds(evaluation, pixels, manifest.threshold.value),
-        {f"{item.kind}/{item.path.name}": float(score) for item, score in zip(images.items, scores, strict=True)},
+        {_name(item): float(score) for item, score in zip(images.items, scores, strict=True)},
     )
 
 
@@ -203,8 +204,12 @@ def overview(report: Report, evaluation: Evaluation) -> Image:
 def _picture(report: Report, evaluation: Evaluation, index: int) -> Image:
     item, score = evaluation.images.items[index], evaluation.scores[index]
     verdict = "FAIL" if score > report.threshold else "PASS"
-    caption = f"{item.kind}/{item.path.name}  {verdict}  score {score:.2e}  threshold {report.threshold:.2e}"
+    caption = f"{_name(item)}  {verdict}  score {score:.2e}  threshold {report.threshold:.2e}"
     return defect_picture(evaluation.images.pixels[index], evaluation.maps[index], report.threshold, caption)
+
+
+def _name(item: LabelledImage) -> str:
+    return f"{item.kind}/{printable(Path(item.path.name))}"
 
 
 def _write_picture(path: Path, picture: Image) -> None:

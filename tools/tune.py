@@ -77,6 +77,7 @@ def _run(options: argparse.Namespace) -> None:
     too_few = warning(after, options.false_reject_rate)
     if too_few is not None:
         warn(too_few)
+    _warn_of_golden(bundle, after.value)
     if options.dry_run:
         say("nothing was changed (--dry-run)")
         return
@@ -89,7 +90,16 @@ def _run(options: argparse.Namespace) -> None:
         options.reason,
     )
     _write(bundle, change)
-    say(f"recorded in {bundle.path / MANIFEST}; stpm-run judges with it from its next start")
+    say(f"recorded in {bundle.path / MANIFEST}; stpm-run judges with it from its next start or `stpm-ctl reload`")
+
+
+def _warn_of_golden(bundle: Bundle, threshold: float) -> None:
+    """The frames of the self test are a good part and the same with a scratch, as they scored when it was built."""
+    good, scratched = float(bundle.golden().scores.min()), float(bundle.golden().scores.max())
+    if threshold >= scratched:
+        warn(f"at {threshold:.3e} even the scratched part of the self test passes, which scores {scratched:.3e}")
+    elif threshold < good:
+        warn(f"at {threshold:.3e} even the good part of the self test is rejected, which scores {good:.3e}")
 
 
 def _load(folder: Path, manifest: Manifest) -> Images:

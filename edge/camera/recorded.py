@@ -8,7 +8,7 @@ import cv2
 
 from stpm.edge.camera.base import Captured
 from stpm.edge.errors import CameraError, InputError
-from stpm.edge.images import list_images, read_image
+from stpm.edge.images import list_images, printable, read_image
 from stpm.edge.preprocess import Image
 
 
@@ -72,7 +72,7 @@ class FolderSource(Recording):
         except InputError as error:
             problem = str(error)
         # a real camera stamps the frame when it is there, not when reading began
-        return Captured(began_ns, time.monotonic_ns(), _printable(path.relative_to(self._folder)), image, problem)
+        return Captured(began_ns, time.monotonic_ns(), printable(path.relative_to(self._folder)), image, problem)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -112,8 +112,3 @@ class VideoFile(Recording):
     def _decode(self) -> Image | None:
         good, image = self._capture.read()
         return cast(Image, image) if good else None
-
-
-def _printable(path: Path) -> str:
-    """The name, with `?` for bytes that are not UTF-8: it goes to terminals and JSON."""
-    return str(path).encode("utf-8", "replace").decode()

@@ -18,7 +18,9 @@ from stpm.edge.journal.export import FORMATS
 from stpm.edge.journal.query import PART_COLUMNS, Filter, Journal, Row, RunSummary
 
 VERDICTS = ("PASS", "FAIL", "UNKNOWN")
+EVENTS = ("state", "alarm", "operator", "plc", "camera", "engine", "journal", "recipe")
 WIDTH = 100
+LARGEST = (1 << 63) - 1  # that SQLite takes
 BAR_AFTER_S = 1.0
 
 EXAMPLES = """\
@@ -62,7 +64,7 @@ def _options() -> argparse.ArgumentParser:
     add("runs", "one line per start of the line", show_runs)
     events = add("events", "changes of state, alarms, actions of operators and of the PLC", show_events)
     _add_times(events)
-    events.add_argument("--kind", help="state, alarm, operator, plc, camera, engine, journal or recipe")
+    events.add_argument("--kind", choices=EVENTS)
     _add_last(events)
     _add_filters(add("summary", "verdicts, latency and losses, per recipe and per run", show_summary))
     export = add("export", "the parts as one file", export_parts)
@@ -71,14 +73,14 @@ def _options() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, metavar="FILE")
     picture = add("picture", "where the pictures of a part are", show_pictures)
     picture.add_argument("parts", type=_numbers, metavar="PART", help="a part, or a range: 1700-1720")
-    picture.add_argument("--run", type=int, metavar="N", help="of that run only")
+    picture.add_argument("--run", type=_count, metavar="N", help="of that run only")
     return options
 
 
 def _add_times(command: argparse.ArgumentParser) -> None:
     command.add_argument("--from", dest="since", type=_time, metavar="TIME", help="from then on; UTC, or 8h for ago")
     command.add_argument("--to", dest="until", type=_time, metavar="TIME", help="before then")
-    command.add_argument("--run", type=int, metavar="N", help="of that run only; `stpm-journal runs` numbers them")
+    command.add_argument("--run", type=_count, metavar="N", help="of that run only; `stpm-journal runs` numbers them")
 
 
 def _add_filters(command: argparse.ArgumentParser) -> None:
@@ -95,14 +97,19 @@ def _add_last(command: argparse.ArgumentParser) -> None:
 
 def _time(text: str) -> str:
     """As it is in the database."""
+    try:
+        return _moment(text).isoformat(timespec="microseconds")
+    except OverflowError as error:  # before the year 1, or after 9999
+        raise ValueError(text) from error
+
+
+def _moment(text: str) -> datetime:
     ago = re.fullmatch(r"(\d+)([mhd])", text)
     if ago:
         unit = {"m": "minutes", "h": "hours", "d": "days"}[ago.group(2)]
-        moment = datetime.now(timezone.utc) - timedelta(**{unit: int(ago.group(1))})
-    else:
-        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
-        moment = moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-    return moment.isoformat(timespec="microseconds")
+        return datetime.now(timezone.utc) - timedelta(**{unit: int(ago.group(1))})
+    moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
 _time.__name__ = "time"  # what argparse calls it when it is wrong
@@ -110,6 +117,8 @@ _time.__name__ = "time"  # what argparse calls it when it is wrong
 
 def _numbers(text: str) -> tuple[int, int]:
     first, _, last = text.partition("-")
+    if not 0 <= int(first) <= int(last or first) <= LARGEST:
+        raise ValueError(f"wanted a part, or the first and the last of a range, found {text}")
     return int(first), int(last or first)
 
 
@@ -118,7 +127,7 @@ _numbers.__name__ = "part or range"
 
 def _count(text: str) -> int:
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= LARGEST:
         raise argparse.ArgumentTypeError(f"wanted a whole number above 0, found {text}")
     return value
 

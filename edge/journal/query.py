@@ -99,7 +99,10 @@ class Journal:
         ):
             handed = read_count(count_file(self._folder, at))
             pending = max(0, handed.records - last) if handed else None
-            known = msgspec.json.decode(recipes, type=dict[str, str])
+            try:
+                known = msgspec.json.decode(recipes, type=dict[str, str])
+            except msgspec.DecodeError:
+                known = {}  # somebody has written there; the rest of the run is not the worse for it
             runs.append(
                 RunSummary(number, at, station, version, known, end, written, last - written, pictures, pending)
             )
