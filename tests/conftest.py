@@ -42,7 +42,8 @@ def _nothing_left_behind(request: pytest.FixtureRequest):
     files = _open_files()
     yield
     deadline = time.monotonic() + 2
-    while set(threading.enumerate()) - threads and time.monotonic() < deadline:
+    # threads of a library may be about to end, and to close their files
+    while (set(threading.enumerate()) - threads or _open_files() - files) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not set(threading.enumerate()) - threads
     assert not _open_files() - files
