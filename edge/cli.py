@@ -108,6 +108,7 @@ def station_of(options: argparse.Namespace) -> Station:
         "parts.limit": options.parts,
         "journal.folder": options.journal,
         "recipes.1": str(options.bundle) if options.bundle else None,
+        "recipe": 1 if options.bundle else None,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
     station = checked(read_station(options.config, {**overrides, **dict(options.set)}))

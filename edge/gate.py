@@ -142,7 +142,8 @@ class Gate:
     def due_ns(self) -> int | None:
         """When `edges` has something to do next."""
         times = [window.ends_ns or window.due_ns for window in self._windows]
-        if self._unseen is not None and self._unseen.due_ns is not None:
+        # while it waits for a count, that is what wakes us
+        if self._unseen is not None and self._unseen.due_ns is not None and self._brought(self._unseen):
             times.append(self._unseen.due_ns + self.pulse_ns)
         return min((time for time in times if time is not None), default=None)
 
@@ -193,9 +194,13 @@ class Gate:
             or window.position is None
         ):
             return
-        window.arrived = self.encoder.reached(window.position)
+        window.arrived = self._brought(window)
         came_ns = (self.encoder.time_of(window.position) or now_ns) if window.arrived else now_ns
         window.ends_ns = max(window.least_ns, came_ns + self.pulse_ns)
+
+    def _brought(self, window: Window) -> bool:
+        """Whether a count says that the belt has moved so far, and not only its speed."""
+        return self.encoder is None or (window.position is not None and self.encoder.reached(window.position))
 
     def _outcome(self, window: Window, now_ns: int) -> str:
         past = window.ends_ns is not None and window.ends_ns <= now_ns
@@ -222,9 +227,7 @@ class Gate:
         if self._unseen is not None:
             self._estimate(self._unseen)
             due_ns = self._unseen.due_ns
-            unseen = self._unseen.position
-            brought = self.encoder is None or (unseen is not None and self.encoder.reached(unseen))
-            if due_ns is not None and now_ns >= due_ns + self.pulse_ns and brought:
+            if due_ns is not None and now_ns >= due_ns + self.pulse_ns and self._brought(self._unseen):
                 self._unseen, self._abandoned = None, False
 
     def _estimate(self, window: Window) -> None:

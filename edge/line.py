@@ -126,7 +126,8 @@ class Line:
         self.gate.triggered(at_ns)
         part = self._new_part(at_ns, number)
         for each in self._undecided:  # whose picture came before we heard of this part
-            if each.frame is not None and each.began_ns < at_ns <= each.frame.captured_ns:
+            if each.frame is not None and self._may_show(part, each, each.frame):
+                self.gate.captured(each, each.began_ns)  # where it was when its picture was taken, nobody knows
                 self._judge(each, judge(None, 0, _shows_next(part)), now_ns)
         self._awaiting[part.key] = part
         if not self._take_picture(part.key):
@@ -389,9 +390,7 @@ class Line:
             self._judge(part, judge(None, 0, sentence), now_ns)
             self._give_back(part)
             return
-        after = next(
-            (each for each in self._awaiting.values() if part.began_ns < each.began_ns <= frame.captured_ns), None
-        )
+        after = next((each for each in self._awaiting.values() if self._may_show(each, part, frame)), None)
         if after is not None:
             self._judge(part, judge(None, 0, _shows_next(after)), now_ns)
             self._give_back(part)
@@ -409,6 +408,10 @@ class Line:
         else:
             self._queue.append(part)
             self._work(now_ns)
+
+    def _may_show(self, other: Part, part: Part, frame: FrameReady) -> bool:
+        """Whether the picture for `part` may show `other`, which came after it. A recording has its own order."""
+        return not self._recorded and part.began_ns < other.began_ns <= frame.captured_ns
 
     def _work(self, now_ns: int) -> None:
         """Give the engines what they can take; ask a recording for its next frame when none is on its way."""

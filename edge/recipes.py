@@ -27,6 +27,7 @@ class Change:
     host: EngineHost
     what: str  # for people
     done: Callable[[bool, str], None]  # told once how it ended
+    given_up: bool = False
 
 
 class Recipes:
@@ -125,7 +126,7 @@ class Recipes:
         if host is None:
             done(False, f"recipe {recipe} is not loaded: known are {self._named}")
         elif recipe == self.active:
-            self._overtake(f"recipe {recipe} was asked for again")
+            self._give_up(f"recipe {recipe} was asked for again")
             done(True, f"recipe {recipe} is the active one already")
         elif not host.free:
             done(False, f"the engine of recipe {recipe} is not ready: {host.error or 'it is busy'}")
@@ -150,12 +151,13 @@ class Recipes:
         elif self._begin(Change(recipe, host, f"recipe {recipe} rolled back", done)):
             host.test(now_ns)
 
-    def _overtake(self, why: str) -> None:
-        """Whoever asked last for a recipe gets it: a switch that is under way is given up."""
+    def _give_up(self, why: str) -> None:
+        """A switch that is under way: its self test ends, and then nothing follows from it."""
         change = self._change
         if change is not None and self._hosts.get(change.recipe) is change.host:
-            self._change = None
-            change.done(False, f"{change.what} was given up: {why}")
+            if not change.given_up:
+                change.done(False, f"{change.what} was given up: {why}")
+            change.given_up, change.done = True, lambda good, text: None
 
     def _begin(self, change: Change) -> bool:
         if self._change is not None:
@@ -174,7 +176,7 @@ class Recipes:
                     self._retire(replaced)
                 self._previous[change.recipe] = self._hosts[change.recipe]
                 self._hosts[change.recipe] = host
-            else:
+            elif not change.given_up:
                 self.active = change.recipe
             change.done(True, f"{change.what}: {host.known.category}, bundle {host.known.sha256[:12]}")
         elif host.error is not None:

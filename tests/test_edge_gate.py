@@ -207,6 +207,35 @@ def test_a_reject_waits_for_a_belt_that_stops_just_before_the_gate(every_ms, sho
     assert bench.decisions == {1: "rejected"}
 
 
+def test_counts_that_come_more_rarely_than_a_pulse_end_it_with_the_next():
+    """Until then nobody knows whether the belt has stopped."""
+    bench = Bench(mode="encoder", polarity="reject", counts=1000, pulse_ms=40, encoder_timeout_ms=200)
+    bench.gate.hold(False, LONG_AGO)
+    bench.gate._unseen = None
+
+    def at(ms):
+        if ms % 100 == 0:
+            bench.gate.encoder.add(ms * MS, ms)
+        if ms == 110:
+            bench.gate.plan(1, 110 * MS)
+            bench.gate.decide(1, False)
+
+    assert on(bench.run(2000, at=at)) == [(1110, 1200)]
+
+
+def test_what_waits_for_a_count_wakes_nobody():
+    gate = Gate(GateSettings(mode="encoder", polarity="reject", counts=100, pulse_ms=20))
+    for ms in range(0, 60, 10):
+        gate.encoder.add(ms * MS, ms)
+    gate.hold(False, 0)
+    gate.edges(50 * MS)
+    assert gate.due_ns() is None
+    for ms in range(60, 120, 10):
+        gate.encoder.add(ms * MS, ms)
+    gate.edges(110 * MS)
+    assert gate.due_ns() == 120 * MS
+
+
 def test_a_belt_that_runs_on_is_no_reason_to_reject_longer():
     bench = Bench(mode="encoder", polarity="reject", counts=1000, pulse_ms=40, encoder_timeout_ms=200)
     bench.gate.hold(False, LONG_AGO)

@@ -412,21 +412,6 @@ def test_what_is_on_at_the_first_look_is_no_edge():
     assert handshake.events() == [Enabled(7, True)]
 
 
-def test_an_acknowledgement_of_before_is_none_of_what_is_on_after_the_link_was_down():
-    """The PLC raised these again meanwhile, and we have not taken them."""
-    plc = Plc()
-    plc.set(trigger=True, recipe_change=True, clear_fault=True)
-    acknowledgements = {Bit.TRIGGER_ACK, Bit.RECIPE_ACK, Bit.CLEAR_ACK}
-    assert acknowledgements <= set(plc.look())
-    plc.handshake.forget()
-    plc.set(trigger=True, recipe_change=True, clear_fault=True)
-    assert not acknowledgements & set(plc.look())
-    plc.set(trigger=False)
-    events = plc.set(trigger=True)
-    assert any(isinstance(event, Triggered) for event in events)
-    assert Bit.TRIGGER_ACK in plc.look()
-
-
 def test_nothing_is_shown_before_the_plc_has_been_heard():
     """An acknowledgement that is stuck on would be taken for the first result's."""
     handshake = Handshake(8, 500 * MS, 1000 * MS, 500 * MS, 0)

@@ -508,7 +508,9 @@ def test_a_picture_taken_after_the_next_trigger_may_show_that_part():
 @pytest.mark.parametrize(("age_ms", "verdicts"), [(3, [(1, "UNKNOWN")]), (20, [(1, "PASS")])])
 def test_a_trigger_that_is_heard_after_a_picture_was_taken_before_it(age_ms, verdicts):
     """The next part's trigger is 10 ms old when it is heard; the picture of the part before came meanwhile."""
-    bench = triggered()
+    bench = triggered(
+        gate__mode="delay", gate__delay_ms=300, gate__pulse_ms=20, gate__polarity="reject", plc__peer_timeout_s=0
+    )
     bench.trigger(1)
     bench.tick(100)
     bench.frame(trigger=1, age_ms=age_ms)
@@ -518,6 +520,25 @@ def test_a_trigger_that_is_heard_after_a_picture_was_taken_before_it(age_ms, ver
     bench.frame(trigger=2)
     bench.answer()
     assert bench.link.verdicts == [*verdicts, (2, "PASS")]
+    for _ in range(500):
+        bench.tick(1)
+    # the one that is not known is rejected where it was triggered, and does not take the other with it
+    gates = [bench.journal.outcomes[part][1] for part in (1, 2)]
+    assert gates == ["rejected" if verdicts[0][1] == "UNKNOWN" else "passed", "passed"]
+    bench.settled()
+
+
+def test_the_pictures_of_a_recording_show_no_other_part():
+    bench = triggered(recorded=True)
+    bench.trigger(1)
+    bench.tick(20)
+    bench.trigger(2)
+    bench.tick(5)
+    bench.frame(trigger=1)
+    bench.answer()
+    bench.frame(trigger=2)
+    bench.answer()
+    assert bench.link.verdicts == [(1, "PASS"), (2, "PASS")]
     bench.settled()
 
 

@@ -175,6 +175,8 @@ def test_the_last_recipe_that_was_asked_for_is_the_one(bench):
     line.recipes.switch(1, lambda *what: told.append((1, *what)), now_ns)
     assert [(recipe, good) for recipe, good, _ in told] == [(2, False), (1, True)]
     assert "given up" in told[0][2]
+    assert not line.recipes.failures()
+    assert not line.change(line.recipes.switch, 2)  # its self test has not ended
     line.until(lambda: line.recipes.ready)
     assert line.recipes.active == 1
     assert line.change(line.recipes.switch, 2)

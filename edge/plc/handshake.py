@@ -132,11 +132,8 @@ class Handshake:
         self.tick(now_ns)
 
     def forget(self) -> None:
-        """The link was down: nobody knows since when the PLC's bits are as they will be found, so nothing that it
-        asks for is acknowledged before it has been seen to rise."""
+        """The link was down: nobody knows since when the PLC's bits are as they will be found."""
         self._control = None
-        for bit in (Bit.TRIGGER_ACK, Bit.RECIPE_ACK, Bit.CLEAR_ACK):
-            self._latched.discard(bit)
 
     def stop(self) -> None:
         """No result is valid any more."""
