@@ -26,6 +26,7 @@ MARK = "STPM_FAULTS"  # in the environment of every process of a run, and of nob
 READY_S, RECOVERY_S, STOP_S = 60.0, 20.0, 20.0
 SAMPLE_S, LOOK_S = 0.1, 0.5
 SETTLED_S = 1.0  # of work, before memory and files are looked at
+TRIGGERED_FPS = 50
 CHILDREN = {name: f"stpm.edge.{name}.process" for name in ("camera", "engine", "journal")}
 
 
@@ -61,7 +62,9 @@ class Bench:
     def line(self, peer: Peer, *faults: str, camera: str = "", **settings: Any) -> Iterator["Line"]:
         """stpm-run from its start to an orderly stop, with a pattern camera that has these faults, or with another
         camera. Dots in the names of settings are written as two underscores."""
-        source = camera or ",".join([f"pattern:width=160,height=120,fps={peer.fps}", *faults])
+        # a picture must be there before the next trigger, or it may show the next part
+        fps = TRIGGERED_FPS if settings.get("camera__trigger") == "software" else peer.fps
+        source = camera or ",".join([f"pattern:width=160,height=120,fps={fps}", *faults])
         line = Line(self, peer, source, {name.replace("__", "."): value for name, value in settings.items()})
         try:
             line.until(lambda: peer.passing, READY_S, "READY")
