@@ -249,7 +249,7 @@ def test_a_terminal_that_goes_away_does_not_stop_the_line(bundle, parts):
 def test_a_terminal_that_nobody_reads_does_not_stop_the_line(bundle, parts):
     with PtyPlc() as plc:
         process = start(bundle, parts, plc.port, "--loop --parts 2700")
-        wait_for(lambda: len(plc.gate.passed) == 1800)  # more lines than a pipe and our queue hold
+        wait_for(lambda: len(plc.gate.passed) == 1800, 90)  # more lines than a pipe and our queue hold
         output, _ = process.communicate(timeout=20)
     assert plc.gate.states[-1] == "STOPPED"
     assert "lines left out" in output
