@@ -108,8 +108,7 @@ def enhance(teacher: nn.Module, images: Task, preprocess: Preprocess, recipe: En
     """Train `teacher`, in place, to tell the classes apart; the share it told rightly, by epoch.
 
     Its batch norms keep their statistics: with few images of one kind in a batch they would lose what makes the
-    features comparable. Deterministic by seed. A loss or weight that is not
-    finite: TrainingError.
+    features comparable. Deterministic by seed. A loss or weight that is not finite: TrainingError.
     """
     torch.manual_seed(recipe.seed)
     device = next(teacher.parameters()).device

@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from stpm.edge.command import warn
+from stpm.edge.command import printable, warn
 from stpm.edge.errors import InputError, RegionError
-from stpm.edge.images import list_images, printable, read_image
+from stpm.edge.images import list_images, read_image
 from stpm.edge.preprocess import Image, Preprocess
 
 MINIMUM_NORMALS = 10
@@ -103,7 +103,7 @@ def find_labelled(folder: Path) -> list[LabelledImage]:
     if not test.is_dir():
         return []
     return [
-        LabelledImage(path, printable(Path(kind.name)), None if kind.name == "good" else _mask_of(folder, path))
+        LabelledImage(path, printable(kind.name), None if kind.name == "good" else _mask_of(folder, path))
         for kind in sorted(test.iterdir())
         if kind.is_dir()
         for path in list_images(kind)

@@ -40,7 +40,7 @@ def run_command(name: str, command: Callable[[], None], when_interrupted: str) -
         print(f"{name}: interrupted; {when_interrupted}", file=sys.stderr)
         return INTERRUPTED
     except UnicodeEncodeError as error:
-        text = str(error.object)[:200].encode("utf-8", "replace").decode()
+        text = printable(error.object)[:200]
         print(f"{name}: {text} cannot be written as {error.encoding}: rename it, or say it otherwise", file=sys.stderr)
         return InputError.exit_code
     except OSError as error:
@@ -52,6 +52,11 @@ def run_command(name: str, command: Callable[[], None], when_interrupted: str) -
         print(f"{name}: {error.filename or 'the disk'}: {error.strerror or error}; {hint}", file=sys.stderr)
         return StorageError.exit_code
     return 0
+
+
+def printable(name: object) -> str:
+    """A path or other name, with `?` for bytes that are not UTF-8: it goes to terminals and JSON."""
+    return str(name).encode("utf-8", "replace").decode()
 
 
 def say(text: str) -> None:

@@ -19,11 +19,6 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def printable(path: Path) -> str:
-    """The name, with `?` for bytes that are not UTF-8: it goes to terminals and JSON."""
-    return str(path).encode("utf-8", "replace").decode()
-
-
 def read_image(path: Path) -> Image:
     """uint8 H×W×3 BGR; grey and 16-bit files are converted. InputError when the file cannot be decoded whole."""
     try:

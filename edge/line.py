@@ -384,15 +384,9 @@ class Line:
 
     def _got_frame(self, part: Part, frame: FrameReady, now_ns: int) -> None:
         part.frame, part.arrived_ns = frame, now_ns
-        waited_ns = frame.captured_ns - part.began_ns
-        if waited_ns > self._deadline_ns / 2:  # only a triggered picture can be later than its part
-            sentence = f"its picture was taken {waited_ns / MS:.0f} ms after the trigger, and may show another part"
-            self._judge(part, judge(None, 0, sentence), now_ns)
-            self._give_back(part)
-            return
-        after = next((each for each in self._awaiting.values() if self._may_show(each, part, frame)), None)
-        if after is not None:
-            self._judge(part, judge(None, 0, _shows_next(after)), now_ns)
+        doubt = self._doubt(part, frame)
+        if doubt:
+            self._judge(part, judge(None, 0, doubt), now_ns)
             self._give_back(part)
             return
         self.gate.captured(part, frame.captured_ns)
@@ -408,6 +402,14 @@ class Line:
         else:
             self._queue.append(part)
             self._work(now_ns)
+
+    def _doubt(self, part: Part, frame: FrameReady) -> str:
+        """Why its picture may show another part; only a triggered one can be later than its part."""
+        waited_ns = frame.captured_ns - part.began_ns
+        if waited_ns > self._deadline_ns / 2:
+            return f"its picture was taken {waited_ns / MS:.0f} ms after the trigger, and may show another part"
+        after = next((each for each in self._awaiting.values() if self._may_show(each, part, frame)), None)
+        return _shows_next(after) if after else ""
 
     def _may_show(self, other: Part, part: Part, frame: FrameReady) -> bool:
         """Whether the picture for `part` may show `other`, which came after it. A recording has its own order."""

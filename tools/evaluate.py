@@ -15,10 +15,9 @@ from stpm.calibration.evaluation import Evaluation, evaluate, shown
 from stpm.calibration.gate import FIGURES
 from stpm.calibration.metrics import Bools, Floats, auroc, f1_max
 from stpm.edge.bundle import Bundle, find_bundle, open_bundle
-from stpm.edge.command import parser, run_command
+from stpm.edge.command import parser, printable, run_command
 from stpm.edge.engine import BACKENDS, open_engine
 from stpm.edge.errors import InputError
-from stpm.edge.images import printable
 from stpm.edge.picture import defect_picture, sheet
 from stpm.edge.preprocess import Image
 from stpm.edge.storage import storage_errors, write_file, write_json
@@ -209,7 +208,7 @@ def _picture(report: Report, evaluation: Evaluation, index: int) -> Image:
 
 
 def _name(item: LabelledImage) -> str:
-    return f"{item.kind}/{printable(Path(item.path.name))}"
+    return f"{item.kind}/{printable(item.path.name)}"
 
 
 def _write_picture(path: Path, picture: Image) -> None:

@@ -7,8 +7,9 @@ from typing import cast
 import cv2
 
 from stpm.edge.camera.base import Captured
+from stpm.edge.command import printable
 from stpm.edge.errors import CameraError, InputError
-from stpm.edge.images import list_images, printable, read_image
+from stpm.edge.images import list_images, read_image
 from stpm.edge.preprocess import Image
 
 

@@ -116,10 +116,11 @@ _time.__name__ = "time"  # what argparse calls it when it is wrong
 
 
 def _numbers(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("-")
-    if not 0 <= int(first) <= int(last or first) <= LARGEST:
+    begin, _, end = text.partition("-")
+    first, last = int(begin), int(end or begin)
+    if not 0 <= first <= last <= LARGEST:
         raise ValueError(f"wanted a part, or the first and the last of a range, found {text}")
-    return int(first), int(last or first)
+    return first, last
 
 
 _numbers.__name__ = "part or range"

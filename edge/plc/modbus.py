@@ -11,6 +11,14 @@ from stpm.edge.plc.settings import PlcSettings, RegisterMap
 logging.getLogger("pymodbus").addHandler(logging.NullHandler())
 logging.getLogger("pymodbus").propagate = False
 
+SIZES = {
+    "control_coils": CONTROL_COILS,
+    "control_registers": CONTROL_REGISTERS,
+    "status_bits": STATUS_BITS,
+    "status_registers": STATUS_REGISTERS,
+    "mirror_registers": STATUS_REGISTERS,
+}
+
 
 def silence_s(settings: PlcSettings) -> float:
     """The silence that ends a frame: 3.5 characters, 1.75 ms above 19200 baud. pymodbus does not keep it by itself."""
@@ -26,51 +34,26 @@ def new_handshake(settings: PlcSettings, now_ns: int) -> Handshake:
 
 def check_master_map(map: RegisterMap) -> None:
     """ConfigError where what we write into the PLC would overwrite what the PLC tells us, or lies nowhere."""
-    _fits(
-        control_coils=(map.control_coils, CONTROL_COILS),
-        control_registers=(map.control_registers, CONTROL_REGISTERS),
-        status_bits=(map.status_bits, STATUS_BITS),
-        status_registers=(map.status_registers, STATUS_REGISTERS),
-    )
-    _apart("control_coils", map.control_coils, CONTROL_COILS, "status_bits", map.status_bits, STATUS_BITS)
-    _apart(
-        "control_registers",
-        map.control_registers,
-        CONTROL_REGISTERS,
-        "status_registers",
-        map.status_registers,
-        STATUS_REGISTERS,
-    )
+    used = ("control_coils", "control_registers", "status_bits", "status_registers")
+    _check(map, used, ("control_coils", "status_bits"), ("control_registers", "status_registers"))
 
 
 def check_slave_map(map: RegisterMap) -> None:
     """ConfigError where the mirror of the status lies on what the PLC writes, or something lies nowhere."""
-    _fits(
-        control_coils=(map.control_coils, CONTROL_COILS),
-        control_registers=(map.control_registers, CONTROL_REGISTERS),
-        status_bits=(map.status_bits, STATUS_BITS),
-        status_registers=(map.status_registers, STATUS_REGISTERS),
-        mirror_registers=(map.mirror_registers, STATUS_REGISTERS),
-    )
-    _apart(
-        "control_registers",
-        map.control_registers,
-        CONTROL_REGISTERS,
-        "mirror_registers",
-        map.mirror_registers,
-        STATUS_REGISTERS,
-    )
+    _check(map, tuple(SIZES), ("control_registers", "mirror_registers"))
 
 
-def _fits(**tables: tuple[int, int]) -> None:
-    for name, (first, count) in tables.items():
-        if first + count > 1 << 16:
-            raise ConfigError(f"{name} ({first} to {first + count - 1}) goes beyond 65535 in [plc.map]: move it")
+def _check(map: RegisterMap, used: tuple[str, ...], *apart: tuple[str, str]) -> None:
+    places = {name: range(getattr(map, name), getattr(map, name) + SIZES[name]) for name in used}
+    for name, place in places.items():
+        if place.stop > 1 << 16:
+            raise ConfigError(f"{_named(name, place)} goes beyond 65535 in [plc.map]: move it")
+    for a, b in apart:
+        if places[a].start < places[b].stop and places[b].start < places[a].stop:
+            raise ConfigError(
+                f"{_named(a, places[a])} and {_named(b, places[b])} overlap in [plc.map]: move one of them"
+            )
 
 
-def _apart(a: str, a_first: int, a_count: int, b: str, b_first: int, b_count: int) -> None:
-    if a_first < b_first + b_count and b_first < a_first + a_count:
-        raise ConfigError(
-            f"{a} ({a_first} to {a_first + a_count - 1}) and {b} ({b_first} to {b_first + b_count - 1}) overlap in "
-            "[plc.map]: move one of them"
-        )
+def _named(name: str, place: range) -> str:
+    return f"{name} ({place.start} to {place.stop - 1})"
