@@ -391,6 +391,14 @@ class Process:
                     return message
         raise AssertionError(f"no {kind.__name__} within {within_s} s, only {found[-3:]}")
 
+    def collect(self, count, within_s):
+        """So many messages."""
+        deadline, found = time.monotonic() + within_s, []
+        while len(found) < count:
+            assert time.monotonic() < deadline, f"{len(found)} of {count} messages within {within_s} s"
+            found += self.worker.channel.receive(0.05)
+        return found
+
 
 @pytest.fixture
 def process():
@@ -428,6 +436,19 @@ def test_the_camera_process_answers_each_trigger_once(emulator, process):
         assert frame.captured_ns > asked_ns
         ring.release(frame.slot)
     assert camera.worker.channel.receive(0.2) == []
+
+
+@emulated
+def test_the_camera_process_catches_up_with_triggers_at_once(emulator, process):
+    camera, _ = process(width=64, height=48, trigger="software")
+    camera.until(CameraOpened, 15)
+    os.kill(camera.worker.process.pid, signal.SIGSTOP)  # the computer is busy, and triggers pile up
+    for trigger in range(1, 31):
+        camera.worker.channel.send(TakePicture(trigger, time.monotonic_ns()))
+    os.kill(camera.worker.process.pid, signal.SIGCONT)
+    found = camera.collect(30, 3)
+    assert [frame.trigger for frame in found] == list(range(1, 31))
+    assert [frame.slot is None for frame in found] == [True] * 29 + [False]
 
 
 @emulated

@@ -79,6 +79,7 @@ class Capture:
     def _step(self) -> None:
         """One frame, or a while without one."""
         if self._source.triggered and self._asked_ns is None:
+            self._pass_over(time.monotonic_ns())
             self._source.trigger()
             self._asked_ns = time.monotonic_ns()
         captured = self._source.read(READ_S)
@@ -89,6 +90,8 @@ class Capture:
             return
         problem = captured.problem or self._frozen.look(captured.image, captured.captured_ns)
         self._ring.last_picture = self._frozen.last_picture
+        if not self._source.triggered:
+            self._pass_over(captured.began_ns)
         if not self._on_demand:
             self._announce(captured, problem, None)
         elif self._wanted and (self._source.triggered or captured.began_ns >= self._wanted[0].at_ns):
@@ -101,6 +104,14 @@ class Capture:
                     f"{self._source.description} gives frames from before the trigger only: this computer does not "
                     "keep up with it, so lower camera.fps or the size"
                 )
+
+    def _pass_over(self, exposed_ns: int) -> None:
+        """Answer the triggers that one has followed by `exposed_ns`: a picture from then on may show a later part, and
+        the one whose part it shows would wait for theirs. A recording has its own order."""
+        while self._source.live and len(self._wanted) > 1 and self._wanted[1].at_ns <= exposed_ns:
+            now_ns = time.monotonic_ns()
+            problem = "no picture was taken before the next trigger, and one taken later may show another part"
+            self._announce(Captured(now_ns, now_ns, "", None), problem, self._wanted.popleft().trigger)
 
     def _announce(self, captured: Captured, problem: str, trigger: int | None) -> None:
         self._number += 1
