@@ -166,6 +166,10 @@ def _run_line(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.json:  # before minutes of measuring
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        if options.json.is_dir():
+            raise ConfigError(f"wanted a file for --json, found the folder {options.json}: give a name in it")
     if options.line:
         _run_line(options)
         return
