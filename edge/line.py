@@ -24,9 +24,8 @@ from stpm.edge.parts import Counts, Part
 from stpm.edge.plc import messages as plc
 from stpm.edge.plc.base import Link
 from stpm.edge.policy import Verdict, judge
+from stpm.edge.triggers import LONGEST_GAP, Triggers
 
-# parts that were missed and get a verdict each; a jump of the PLC's numbers beyond this is a PLC that counts anew
-LONGEST_GAP = 100
 NOISE_NS = 1_000_000_000  # between two lines of the journal about noise
 FREE_RUN = 0  # the trigger of a frame that answers none
 
@@ -81,9 +80,7 @@ class Line:
         self._deadline_ns = round(station.parts.deadline_ms * MS)
         self._expire_ns = round(station.plc.expire_ms * MS)
         self._key = self._id = 0
-        self._trigger_number = self._taken_number = 0  # of the last trigger, and of the last that became a part
-        self._unnumbered = False  # triggers come without a number
-        self._maybe_lost = ""  # what may have been the first of them
+        self._triggers = Triggers()
         self._noise_told_ns = 0
         self._next_number = 1  # of the camera's frames
         self._asked_for_frame = False
@@ -108,21 +105,18 @@ class Line:
             why = "inspection is not enabled" if not self.enabled else "the line is not ready, or stops"
             why = why if self._triggered else 'camera.trigger is not "software"'
             self.journal.event("plc", f"a trigger was ignored: {why}")
+            doubt = self._triggers.ignore(number)
             if self._triggered and not stopping:
-                self._not_taken(number)
-            if number is not None:
-                self._trigger_number = number  # the next one is no gap
+                self._out_of_step(doubt)
             return
-        if number is not None and number == self._taken_number:
+        if self._triggers.came_before(number):
             self.counts.garbage += 1
             self.journal.event("plc", f"trigger {number} came twice; the second one is ignored")
             return
-        self._unnumbered = number is None
-        if self._maybe_lost and not self._tells_of_lost(number):
-            self._out_of_step(f"{self._maybe_lost}; it may have been a trigger, and no number says that it was not")
-        self._maybe_lost = ""
-        if number is not None:
-            self._look_for_gap(number, at_ns, now_ns)
+        taken = self._triggers.take(number)
+        if taken.note:
+            self.journal.event("plc", taken.note)
+        self._missed(taken.missing, taken.doubt, at_ns, now_ns)
         self.gate.triggered(at_ns)
         part = self._new_part(at_ns, number)
         for each in self._undecided:  # whose picture came before we heard of this part
@@ -213,7 +207,7 @@ class Line:
                 if self.health.fault("plc", sentence, PlcError.exit_code):
                     self.alarm(sentence)
                 # a gap in the lines of ascii tells whether something was said meanwhile; bits and pins tell nothing
-                if self._unnumbered and self.station.plc.protocol != "ascii":
+                if self._triggers.unnumbered and self.station.plc.protocol != "ascii":
                     self._out_of_step(f"{sentence}; triggers without numbers may have been lost meanwhile")
             case plc.PeerBeat(at_ns):
                 self._peer_heard_ns = at_ns
@@ -316,30 +310,6 @@ class Line:
             self.health.phase = "RUNNING"
         return part
 
-    def _not_taken(self, number: int | None) -> None:
-        """A trigger while inspection is not enabled; one before that may have been lost while it was."""
-        last = self._trigger_number
-        if number is None:
-            self._out_of_step("a trigger without a number came while inspection was not enabled")
-        elif last and number > last + 1:
-            self._out_of_step(f"triggers {last + 1} to {number - 1} never came")
-
-    def _tells_of_lost(self, number: int | None) -> bool:
-        """Whether it follows from this trigger's number if there was another one before it."""
-        last = self._trigger_number
-        return number is not None and (last < number if last else number == 1)
-
-    def _look_for_gap(self, number: int, at_ns: int, now_ns: int) -> None:
-        """The parts of numbers that were left out before this one are rejected."""
-        last, self._trigger_number, self._taken_number = self._trigger_number, number, number
-        if last and last + 1 < number <= last + LONGEST_GAP:
-            self._missed(range(last + 1, number), f"triggers {last + 1} to {number - 1} never came", at_ns, now_ns)
-        elif last and number not in (last, last + 1):  # the last may not have been taken
-            sentence = f"the PLC counts its triggers from {number}, after {last}"
-            self.journal.event("plc", sentence)
-            if number > last:
-                self._out_of_step(sentence)
-
     def _missed(self, numbers: range, sentence: str, at_ns: int, now_ns: int) -> None:
         """Parts went past of which nothing was seen: each is rejected, and FAULT stays until somebody has looked."""
         for number in numbers:
@@ -355,15 +325,14 @@ class Line:
         if now_ns >= self._noise_told_ns:
             self._noise_told_ns = now_ns + NOISE_NS
             self.journal.event("plc", what)
-        if self._unnumbered:
-            self._out_of_step(f"{what}; it may have been a trigger, and no number will say that it was not")
-        elif self._triggered and self.health.phase in ("READY", "RUNNING"):
-            self._maybe_lost = what
+        expected = self._triggered and self.health.phase in ("READY", "RUNNING")
+        self._out_of_step(self._triggers.lost(what, expected))
 
-    def _out_of_step(self, sentence: str) -> None:
-        """The PLC's parts and ours may not be the same any more: FAULT until somebody has looked."""
-        if self.health.fault("missed", sentence, PlcError.exit_code, latched=True):
-            self.alarm(sentence)
+    def _out_of_step(self, doubt: str) -> None:
+        """Where there is a doubt, the PLC's parts and ours may not be the same any more: FAULT until somebody has
+        looked."""
+        if doubt and self.health.fault("missed", doubt, PlcError.exit_code, latched=True):
+            self.alarm(doubt)
 
     def _count_lost(self, missed: int, captured: int, now_ns: int) -> None:
         """Frames that did not come before this one: the device left them out, or (`captured` of them) we did."""
