@@ -71,18 +71,28 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundles(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """fp32, fp16 and int8 bundles of one student, trained for twelve epochs only; made by stpm-build itself."""
+def recipe(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Options of a small and short training."""
+    work = tmp_path_factory.mktemp("work")
+    return f"--category bushing --data {parts} --teacher builtin --epochs 12 --batch 4 --size 128 --work {work}"
+
+
+@pytest.fixture(scope="session")
+def bundles(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """fp32, fp16 and int8 bundles of one student; made by stpm-build itself."""
     out = tmp_path_factory.mktemp("bundles")
     made = {}
     for precision in ("fp32", "fp16", "int8"):
-        words = (
-            f"--engine {precision} --category bushing --data {parts} --teacher builtin --epochs 12 --batch 4 "
-            f"--qad-epochs 1 --max-drop 1,1,1 --work {out / 'work'} --out {out / precision}"
-        )
+        words = f"--engine {precision} {recipe} --qad-epochs 1 --max-drop 1,1,1 --out {out / precision}"
         assert build_main(words.split()) == 0
         made[precision] = open_bundle(out / precision)
     return made
+
+
+@pytest.fixture(scope="session")
+def trained(recipe: str, bundles: dict[str, Bundle]) -> str:
+    """The options that give the student of `bundles` without training it again."""
+    return recipe
 
 
 @pytest.fixture(scope="session")

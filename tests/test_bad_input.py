@@ -15,7 +15,7 @@ from stpm.tools.evaluate import main as eval_main
 
 def build(out, data, *more):
     words = (
-        "--engine int8 --quantize ptq --max-drop 1,1,1 --category bushing --teacher builtin --epochs 1 "
+        "--engine int8 --quantize ptq --max-drop 1,1,1 --category bushing --teacher builtin --epochs 1 --size 128 "
         f"--data {data} --work {out.parent / 'work'} --out {out}"
     )
     return build_main([*words.split(), *map(str, more)])
@@ -72,29 +72,19 @@ def test_tensorrt_is_refused_before_anything_is_trained(out, parts, capfd, monke
     assert not out.parent.exists()
 
 
-def test_out_that_is_not_a_bundle_is_not_replaced(bundles, parts, tmp_path, capfd):
+def test_out_that_is_not_a_bundle_is_not_replaced(trained, tmp_path, capfd):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
-    work = bundles["int8"].path.parent / "work"
-    words = (
-        f"--engine int8 --category bushing --teacher builtin --epochs 12 --batch 4 --data {parts} --work "
-        f"{work} --out {tmp_path / 'thesis'}"
-    ).split()
-    assert build_main(words) == 3
+    assert build_main(f"--engine int8 {trained} --out {tmp_path / 'thesis'}".split()) == 3
     one_sentence(capfd, "not a bundle")
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
 
 
-def test_a_full_disk_leaves_nothing_and_keeps_the_old_bundle(bundles, parts, small_disk, capfd):
-    work = bundles["fp32"].path.parent / "work"
-    words = (
-        f"--engine fp32 --category bushing --teacher builtin --epochs 12 --batch 4 --data {parts} --work "
-        f"{work} --out {small_disk / 'bundle'}"
-    ).split()
+def test_a_full_disk_leaves_nothing_and_keeps_the_old_bundle(bundles, trained, small_disk, capfd):
     old = small_disk / "bundle"
     old.mkdir()
     (old / "manifest.json").write_text("the old one")
-    assert build_main(words) == 8
+    assert build_main(f"--engine fp32 {trained} --out {old}".split()) == 8
     one_sentence(capfd, "no space left", "free some space")
     assert [path.name for path in small_disk.iterdir()] == ["bundle"]
     assert (old / "manifest.json").read_text() == "the old one"
@@ -110,25 +100,16 @@ def test_a_disk_that_fills_up_during_training(parts, small_disk, capfd):
     assert not (small_disk / "student.npz").exists()
 
 
-def test_a_bundle_is_replaced_whole(bundles, tmp_path, parts):
-    work = bundles["int8"].path.parent / "work"
+def test_a_bundle_is_replaced_whole(bundles, trained, tmp_path):
     target = shutil.copytree(bundles["fp32"].path, tmp_path / "bundle")
-    words = (
-        f"--engine int8 --qad-epochs 1 --max-drop 1,1,1 --category bushing --teacher builtin --epochs 12 --batch 4 "
-        f"--data {parts} --work {work} --out {target}"
-    ).split()
-    assert build_main(words) == 0
+    assert build_main(f"--engine int8 {trained} --qad-epochs 1 --max-drop 1,1,1 --out {target}".split()) == 0
     assert open_bundle(target).manifest.precision == "int8"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_train_then_build_with_the_student(bundles, parts, tmp_path, capfd):
-    work = bundles["int8"].path.parent / "work"
+def test_train_then_build_with_the_student(bundles, trained, parts, tmp_path, capfd):
     student = tmp_path / "student.npz"
-    words = (
-        f"--category bushing --teacher builtin --epochs 12 --batch 4 --data {parts} --work {work} --out {student}"
-    ).split()
-    assert train_main(words) == 0
+    assert train_main(f"{trained} --out {student}".split()) == 0
     assert "re-used" in capfd.readouterr().out
     assert build(tmp_path / "bundle", parts, "--student", student) == 0
     manifest = open_bundle(tmp_path / "bundle").manifest

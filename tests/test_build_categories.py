@@ -19,7 +19,7 @@ def photos(tmp_path):
 
 def words(photos, tmp_path):
     found = ["--category", "all", "--data", str(photos), "--teacher", "builtin", "--epochs", "1", "--batch", "8"]
-    return [*found, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    return [*found, "--size", "64", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
 
 
 def test_every_category_gets_its_student(photos, tmp_path, capsys):

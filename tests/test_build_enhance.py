@@ -177,7 +177,7 @@ def test_a_student_without_its_enhanced_teacher_is_refused_before_one_is_made(ph
 def test_the_command_says_what_the_teacher_has_learned_from_one_category(parts, tmp_path, capsys):
     write(tmp_path / "bushing", parts)
     words = ["--category", "bushing", "--data", str(tmp_path), "--teacher", "builtin", "--epochs", "1", "--batch", "8"]
-    words += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "student.npz")]
+    words += ["--size", "64", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "student.npz")]
     assert train_main([*words, "--method", "etstpm", "--teacher-epochs", "1"]) == 0
     assert "tells images with a pasted patch from others" in capsys.readouterr().out
     assert train_main([*words, "--teacher-epochs", "1"]) == 2

@@ -319,12 +319,9 @@ def test_compiling_again_replaces_the_engine(compiled, library, tmp_path):
     assert manifest.engines["tensorrt"].plan.batches == [1]
 
 
-def test_a_bundle_is_built_and_measured_through_the_gpu(bundles, parts, library, tmp_path, capsys):
-    work = bundles["int8"].path.parent / "work"  # training and distillation are done
-    words = (
-        f"--engine int8 --category bushing --data {parts} --teacher builtin --epochs 12 --batch 4 --qad-epochs 1 "
-        f"--max-drop 1,1,1 --backend tensorrt --work {work} --out {tmp_path / 'bundle'}"
-    )
+def test_a_bundle_is_built_and_measured_through_the_gpu(bundles, trained, library, tmp_path, capsys):
+    # training and distillation are done
+    words = f"--engine int8 {trained} --qad-epochs 1 --max-drop 1,1,1 --backend tensorrt --out {tmp_path / 'bundle'}"
     machine = Machine(library)
     with pretended(machine, tmp_path):
         assert build_main(words.split()) == 0

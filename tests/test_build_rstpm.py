@@ -235,7 +235,18 @@ def test_int8_follows_the_float_graph_and_is_not_trained_through(teacher, pixels
 def test_from_photos_to_a_bundle(bundles, tmp_path, capsys):
     write_dataset(tmp_path / "photos", "bushing", 24, 4)
     words = ["--category", "bushing", "--data", str(tmp_path / "photos"), "--teacher", "builtin", "--epochs", "1"]
-    words += ["--batch", "8", "--work", str(tmp_path / "work"), "--method", "rstpm", "--attention", "layer3"]
+    words += [
+        "--batch",
+        "8",
+        "--size",
+        "64",
+        "--work",
+        str(tmp_path / "work"),
+        "--method",
+        "rstpm",
+        "--attention",
+        "layer3",
+    ]
     assert build_main([*words, "--engine", "fp16", "--out", str(tmp_path / "bundle")]) == 0
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest.method == "rstpm"

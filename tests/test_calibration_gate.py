@@ -111,12 +111,8 @@ def test_the_table_fits_the_terminal():
     assert "normals, half of them with a drawn scratch" in text
 
 
-def words(parts, bundles, out, more):
-    work = bundles["int8"].path.parent / "work"
-    return (
-        f"--engine int8 --qad-epochs 1 --category bushing --data {parts} --teacher builtin --epochs 12 --batch 4 "
-        f"--work {work} --out {out} {more}"
-    ).split()
+def words(trained, tmp_path, more):
+    return f"--engine int8 {trained} --qad-epochs 1 --out {tmp_path / 'bundle'} {more}".split()
 
 
 def failing(monkeypatch, verdict):
@@ -134,7 +130,7 @@ def failing(monkeypatch, verdict):
     return tried
 
 
-def test_layers_stay_fp16_when_nothing_else_passes(parts, bundles, tmp_path, monkeypatch, capfd):
+def test_layers_stay_fp16_when_nothing_else_passes(trained, tmp_path, monkeypatch, capfd):
     tried = failing(monkeypatch, lambda setting: len(setting.fp16_layers) == 2)
     monkeypatch.setattr("stpm.build.settings.OBSERVERS", {"mse": None})
     real, distilled_from = graphs.distil, []
@@ -144,7 +140,7 @@ def test_layers_stay_fp16_when_nothing_else_passes(parts, bundles, tmp_path, mon
         return real(method, graph, quantised, *arguments)
 
     monkeypatch.setattr(graphs, "distil", distil)
-    assert build_main(words(parts, bundles, tmp_path / "bundle", "--quantize ptq")) == 0
+    assert build_main(words(trained, tmp_path, "--quantize ptq")) == 0
     assert [len(setting.fp16_layers) for setting in tried] == [0, 0, 1, 2]
     # the one without such layers is there from the fixture; the others round less, and are distilled for that
     assert len(distilled_from) == 2
@@ -166,29 +162,29 @@ def test_layers_stay_fp16_when_nothing_else_passes(parts, bundles, tmp_path, mon
 
 
 def test_a_gpu_too_small_for_the_fine_tuning_ends_the_build_and_is_no_verdict_on_a_setting(
-    parts, bundles, tmp_path, monkeypatch, capfd
+    trained, tmp_path, monkeypatch, capfd
 ):
     def distil(*arguments):
         raise DeviceError("the GPU has not enough free memory")
 
     monkeypatch.setattr(graphs, "distil", distil)
-    assert build_main(words(parts, bundles, tmp_path / "bundle", "--seed 0 --qad-epochs 3")) == 5
+    assert build_main(words(trained, tmp_path, "--seed 0 --qad-epochs 3")) == 5
     assert "not enough free memory" in capfd.readouterr().err
     assert not (tmp_path / "bundle").exists()
 
 
-def test_an_engine_that_loses_too_much_is_never_written(parts, bundles, tmp_path, monkeypatch, capfd):
+def test_an_engine_that_loses_too_much_is_never_written(trained, tmp_path, monkeypatch, capfd):
     failing(monkeypatch, lambda setting: False)
     monkeypatch.setattr("stpm.build.settings.OBSERVERS", {"mse": None})
     monkeypatch.setattr("stpm.build.settings.LAYERS_IN_FP16", (1,))
-    assert build_main(words(parts, bundles, tmp_path / "bundle", "")) == 10
+    assert build_main(words(trained, tmp_path, "")) == 10
     errors = capfd.readouterr().err
     assert "no int8 engine is as accurate as FP32" in errors
     assert errors.count("FAIL") == 3
     assert not list(tmp_path.iterdir())
 
 
-def test_a_setting_that_gives_no_scores_is_passed_over(parts, bundles, tmp_path, monkeypatch, capfd):
+def test_a_setting_that_gives_no_scores_is_passed_over(trained, tmp_path, monkeypatch, capfd):
     real, calls = assemble.measure, []
 
     def measured(*arguments):
@@ -198,27 +194,27 @@ def test_a_setting_that_gives_no_scores_is_passed_over(parts, bundles, tmp_path,
         return real(*arguments)
 
     monkeypatch.setattr(assemble, "measure", measured)
-    assert build_main(words(parts, bundles, tmp_path / "bundle", "--quantize ptq --max-drop 1,1,1")) == 0
+    assert build_main(words(trained, tmp_path, "--quantize ptq --max-drop 1,1,1")) == 0
     assert "int8 ptq mse cannot be used (the engine gives 3 scores" in capfd.readouterr().out
     (attempt,) = open_bundle(tmp_path / "bundle").manifest.gate.attempts
     assert attempt.setting == Setting("ptq", "minmax")
 
 
 @pytest.mark.parametrize("kinds", [["dent"], ["good"], []])
-def test_labels_of_one_kind_cannot_judge(parts, bundles, tmp_path, kinds):
+def test_labels_of_one_kind_cannot_judge(parts, trained, tmp_path, kinds):
     """AUROC of defects alone is not defined: the gate would pass everything."""
     data = tmp_path / "data" / "bushing"
     shutil.copytree(parts / "bushing" / "train", data / "train")
     for kind in kinds:
         shutil.copytree(parts / "bushing" / "test" / kind, data / "test" / kind)
-    assert build_main(words(data.parent, bundles, tmp_path / "bundle", "--quantize ptq --max-drop 1,1,1")) == 0
+    assert build_main(words(trained, tmp_path, f"--quantize ptq --max-drop 1,1,1 --data {data.parent}")) == 0
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest.gate.images == "drawn"
     assert manifest.accuracy is None
     assert "drawn scratch" in (tmp_path / "bundle" / "report.html").read_text()
 
 
-def test_defects_among_the_good_parts_are_named(parts, bundles, tmp_path, monkeypatch, capfd):
+def test_defects_among_the_good_parts_are_named(trained, tmp_path, monkeypatch, capfd):
     real = assemble.infer_all
 
     def with_defect(engine, pixels, preprocess, title):
@@ -229,7 +225,7 @@ def test_defects_among_the_good_parts_are_named(parts, bundles, tmp_path, monkey
         return maps, scores
 
     monkeypatch.setattr(assemble, "infer_all", with_defect)
-    assert build_main(words(parts, bundles, tmp_path / "bundle", "--quantize ptq --max-drop 1,1,1")) == 0
+    assert build_main(words(trained, tmp_path, "--quantize ptq --max-drop 1,1,1")) == 0
     printed = capfd.readouterr().out
     assert "WARNING: 1 of 13 training images score far above the others" in printed
     assert printed.count("far above") == 1
@@ -254,9 +250,9 @@ def test_only_int8_has_a_gate(bundles):
     assert bundles["fp16"].manifest.gate is None
 
 
-def test_without_labels_drawn_scratches_are_compared(parts, bundles, tmp_path):
+def test_without_labels_drawn_scratches_are_compared(parts, trained, tmp_path):
     good = parts / "bushing" / "train" / "good"
-    assert build_main(words(good, bundles, tmp_path / "bundle", "--quantize ptq --max-drop 1,1,1")) == 0
+    assert build_main(words(trained, tmp_path, f"--quantize ptq --max-drop 1,1,1 --data {good}")) == 0
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest.gate.images == "drawn"
     assert manifest.gate.fp32.images == 2 * manifest.training.held_out

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -48,7 +49,7 @@ def test_answers_have_the_promised_shape_and_the_score_is_the_maximum(opened):
     frames = bundle.golden().frames
     batch = np.concatenate([bundle.manifest.preprocess(frame) for frame in frames])
     found = engine.infer(batch)
-    assert found.maps.shape == (3, 256, 256)
+    assert found.maps.shape == (3, 128, 128)
     assert found.maps.dtype == found.scores.dtype == np.float32
     np.testing.assert_allclose(found.maps.max((1, 2)), found.scores, rtol=1e-6)
     assert (found.maps >= 0).all()
@@ -91,13 +92,13 @@ def test_answers_belong_to_the_caller(opened):
 @pytest.mark.parametrize(
     "tensor",
     [
-        np.zeros((1, 3, 256, 255), np.float32),
-        np.zeros((1, 3, 256, 256), np.float64),
-        np.zeros((3, 256, 256), np.float32),
-        np.full((1, 3, 256, 256), np.nan, np.float32),
-        np.full((1, 3, 256, 256), np.inf, np.float32),
-        np.zeros((0, 3, 256, 256), np.float32),
-        np.zeros((1, 256, 256, 3), np.float32).transpose(0, 3, 1, 2),
+        np.zeros((1, 3, 128, 127), np.float32),
+        np.zeros((1, 3, 128, 128), np.float64),
+        np.zeros((3, 128, 128), np.float32),
+        np.full((1, 3, 128, 128), np.nan, np.float32),
+        np.full((1, 3, 128, 128), np.inf, np.float32),
+        np.zeros((0, 3, 128, 128), np.float32),
+        np.zeros((1, 128, 128, 3), np.float32).transpose(0, 3, 1, 2),
         None,
     ],
     ids=["size", "dtype", "no batch", "nan", "inf", "empty", "strided", "none"],
@@ -112,7 +113,7 @@ def test_closing_twice_is_fine_and_inference_afterwards_is_an_error(opened):
     engine.close()
     engine.close()
     with pytest.raises(EngineError, match="closed"):
-        engine.infer(np.zeros((1, 3, 256, 256), np.float32))
+        engine.infer(np.zeros((1, 3, 128, 128), np.float32))
 
 
 def test_describes_itself(opened):
@@ -158,7 +159,7 @@ def test_the_scratched_golden_frame_is_the_largest(bundles):
         assert scores[2] > scores[1] >= scores[0]
 
 
-def test_engine_computes_the_score_of_the_definition(bundles):
+def test_engine_computes_the_score_of_the_definition(trained, bundles):
     """The head in the fp32 graph against edge/score.py, on the features that torch computes."""
     import torch
 
@@ -168,13 +169,13 @@ def test_engine_computes_the_score_of_the_definition(bundles):
 
     bundle = bundles["fp32"]
     teacher, student = load_teacher("builtin", ("layer1", "layer2", "layer3")), Pyramid()
-    step = next(bundle.path.parent.glob("work/train-*/student.npz"))
+    step = next(Path(trained.rpartition(" ")[2]).glob("train-*/student.npz"))
     load_into(student, read_weights(step), "test")
     tensor = bundle.manifest.preprocess(bundle.golden().frames[2])
     with torch.inference_mode():
         pairs = zip(teacher(torch.from_numpy(tensor)), student.eval()(torch.from_numpy(tensor)), strict=True)
         levels = [level_map(t[0].numpy(), s[0].numpy()) for t, s in pairs]
-    wanted = anomaly_map(levels, 256, 256)
+    wanted = anomaly_map(levels, 128, 128)
     with open_engine(bundle) as engine:
         found = engine.infer(tensor).maps[0]
     np.testing.assert_allclose(found, wanted, atol=1e-3 * wanted.max())
@@ -199,7 +200,7 @@ def scaled(bundle, factor):
         )
         for index, frame in enumerate(golden.frames)
     }
-    return FakeEngine([], known=known)
+    return FakeEngine([], bundle.manifest.preprocess, known)
 
 
 def test_self_test_allows_the_tolerance_and_no_more(bundle):
@@ -223,7 +224,7 @@ def test_self_test_looks_at_the_map_too(bundle):
         for index, frame in enumerate(golden.frames)
     }
     with pytest.raises(SelfTestError, match="golden frame 1"):
-        self_test(bundle, FakeEngine([], known=known))
+        self_test(bundle, FakeEngine([], bundle.manifest.preprocess, known))
 
 
 def test_unknown_backend_is_refused_by_name(bundle):

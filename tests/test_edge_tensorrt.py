@@ -80,7 +80,7 @@ def test_the_map_is_copied_only_when_asked_for(gpu, bundle):
     with open_engine(bundle) as engine:
         engine.inspect(frames[0], 1.0)
         before = len(gpu.calls)
-        assert engine.inspect(frames[1], 1.0, with_map=True).map.shape == (256, 256)
+        assert engine.inspect(frames[1], 1.0, with_map=True).map.shape == (128, 128)
         assert gpu.calls[before:].count("memcpy_dtoh_async") == 2  # map and mask
 
 
@@ -363,7 +363,7 @@ def test_a_closed_engine_holds_nothing_of_tensorrt(gpu, bundle):
 def test_several_images_may_take_longer_and_the_first_ones_longest(gpu, bundle, monkeypatch):
     monkeypatch.setattr("stpm.edge.engine.tensorrt.LONGEST_WAIT_S", 0.02)
     monkeypatch.setattr("stpm.edge.engine.tensorrt.LONGEST_SET_UP_S", 0.1)
-    images = np.zeros((2, 3, 256, 256), np.float32)
+    images = np.zeros((2, 3, 128, 128), np.float32)
     with open_engine(bundle) as engine:
         for longest in ("0.1 s", "0.04 s"):
             gpu.hangs = True
@@ -377,7 +377,7 @@ def test_when_tensorrt_refuses_a_frame(gpu, bundle):
     with open_engine(bundle) as engine:
         gpu.fail_at = len(gpu.calls) + 2  # after the two copies
         with pytest.raises(EngineError, match="TensorRT failed on a frame"):
-            engine.infer(np.zeros((1, 3, 256, 256), np.float32))
+            engine.infer(np.zeros((1, 3, 128, 128), np.float32))
 
 
 def a_life(bundle, frames, machine):

@@ -100,7 +100,7 @@ def test_evaluation_agrees_with_the_manifest_and_writes_its_report(bundle, parts
     }
     assert {path.name for path in (tmp_path / "report" / "wrong").iterdir()} == wrong
     overview = cv2.imread(str(tmp_path / "report" / "overview.png"))
-    assert overview.shape == (5 * 278, 3 * 512, 3)
+    assert overview.shape == (5 * (128 + 22), 3 * 2 * 128, 3)
     printed = capsys.readouterr().out
     assert "pixel AUROC" in printed
     assert max(map(len, printed.split("\nwritten:")[0].splitlines())) <= 100
