@@ -459,7 +459,7 @@ def test_rivals_without_bundle_or_gpu(tmp_path, no_compiler):
 
 
 def test_onnxruntime_that_falls_back_is_left_out(bundles, tmp_path, monkeypatch):
-    tensor = np.zeros((1, 3, 256, 256), np.float32)
+    tensor = np.zeros((1, 3, 128, 128), np.float32)
     with pytest.raises(FailedError, match="has no CUDAExecutionProvider: install onnxruntime-gpu"):
         rival_engines._onnxruntime_run(bundles["fp32"].path, "CUDAExecutionProvider", tensor)
     with pytest.raises(FailedError, match="another size"):
