@@ -255,13 +255,16 @@ def test_a_trigger_never_gets_a_picture_that_a_network_camera_had_sent_before(st
 def test_a_trigger_that_another_has_followed_gets_no_picture_of_its_part(start):
     camera = start("pattern:fps=20", trigger="software")
     camera.opened()
-    for trigger in (4, 9, 6):
-        camera.ask(trigger)
+    os.kill(camera.worker.process.pid, signal.SIGSTOP)  # the computer is busy, and triggers pile up
+    asked_ns = [camera.ask(trigger) for trigger in (4, 9, 6)]
+    os.kill(camera.worker.process.pid, signal.SIGCONT)
     (first, no_image), (second, _), (last, image) = camera.frames(3)
     assert [frame.trigger for frame in (first, second, last)] == [4, 9, 6]
     assert [frame.number for frame in (first, second, last)] == [1, 2, 3]
     assert first.slot is second.slot is no_image is None
     assert "before the next trigger" in first.problem
+    assert [first.captured_ns, second.captured_ns] == asked_ns[:2]  # where the part was when it was expected
+    assert last.captured_ns > asked_ns[2]
     assert (last.problem, image is None) == ("", False)
     assert camera.next(0.2) is None
 

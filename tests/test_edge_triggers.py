@@ -83,4 +83,7 @@ def test_triggers_that_are_ignored_are_counted_and_show_gaps_too():
     assert triggers.ignore(11) == "triggers 9 to 10 never came"
     assert triggers.take(12) == Taken()
     assert Triggers().ignore(5) == ""
+    triggers.lost(NOISE, expected=True)
+    triggers.ignore(13)
+    assert triggers.take(1).doubt.startswith(NOISE)
     assert "without a number" in triggers.ignore(None)

@@ -42,13 +42,16 @@ def test_the_whole_line_is_measured_with_one_bundle(capsys):
     assert "wanted one --bundle with --line, found 2" in capsys.readouterr().err
 
 
-def test_bench_looks_at_where_its_figures_go_before_it_measures(tmp_path, capsys):
+def test_bench_looks_at_where_its_figures_go_before_it_measures(tmp_path, capsys, monkeypatch):
     words = ["--bundle", str(tmp_path / "nothing"), "--json"]
     assert bench.main([*words, str(tmp_path)]) == 2
     assert "wanted a file for --json, found the folder" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert bench.main([*words, str(tmp_path / "file" / "figures.json")]) == 8
     assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert bench.main([*words, str(tmp_path / "figures.json")]) == 8
+    assert "Permission denied" in capsys.readouterr().err
 
 
 def test_bench_measures_the_whole_line(bundle, tmp_path, capsys):

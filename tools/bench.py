@@ -9,6 +9,7 @@ inside}]}, where stages and inside map a name to {count, p50, p90, p99, max} in 
 """
 
 import argparse
+import errno
 import os
 import platform
 import sys
@@ -170,6 +171,8 @@ def _run(options: argparse.Namespace) -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         if options.json.is_dir():
             raise ConfigError(f"wanted a file for --json, found the folder {options.json}: give a name in it")
+        if not os.access(options.json.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(options.json))
     if options.line:
         _run_line(options)
         return

@@ -40,8 +40,10 @@ class CameraOpened(msgspec.Struct, frozen=True, tag=True):
 class FrameReady(msgspec.Struct, frozen=True, tag=True):
     """A frame lies in `slot` (None: it could not be kept, `problem` says why). The slot is the line's from now on."""
 
-    number: int  # from 1 over everything that this process captured
-    captured_ns: int  # monotonic: when the exposure's data were there, before any copy
+    number: int  # from 1 over everything that this process announced
+    captured_ns: (
+        int  # monotonic: when the exposure's data were there, before any copy; without one, the trigger's time
+    )
     name: str  # file name, or the number of the frame
     slot: int | None
     shape: tuple[int, int, int] = (0, 0, 0)  # height, width, 3 of the uint8 BGR image in the slot
@@ -61,7 +63,8 @@ class CameraFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class TakePicture(msgspec.Struct, frozen=True, tag=True):
-    """Line → camera: deliver one frame that was exposed after `at_ns`, for this trigger."""
+    """Line → camera: deliver one frame that was exposed after `at_ns`, for this trigger. When a live camera gets the
+    next trigger before that, the answer is a FrameReady without a picture."""
 
     trigger: int
     at_ns: int  # monotonic

@@ -90,7 +90,7 @@ class Capture:
             return
         problem = captured.problem or self._frozen.look(captured.image, captured.captured_ns)
         self._ring.last_picture = self._frozen.last_picture
-        if not self._source.triggered:
+        if not (problem or self._source.triggered):
             self._pass_over(captured.began_ns)
         if not self._on_demand:
             self._announce(captured, problem, None)
@@ -109,9 +109,9 @@ class Capture:
         """Answer the triggers that one has followed by `exposed_ns`: a picture from then on may show a later part, and
         the one whose part it shows would wait for theirs. A recording has its own order."""
         while self._source.live and len(self._wanted) > 1 and self._wanted[1].at_ns <= exposed_ns:
-            now_ns = time.monotonic_ns()
+            asked = self._wanted.popleft()
             problem = "no picture was taken before the next trigger, and one taken later may show another part"
-            self._announce(Captured(now_ns, now_ns, "", None), problem, self._wanted.popleft().trigger)
+            self._announce(Captured(asked.at_ns, asked.at_ns, "", None), problem, asked.trigger)
 
     def _announce(self, captured: Captured, problem: str, trigger: int | None) -> None:
         self._number += 1
