@@ -305,7 +305,7 @@ def _add_training(options: argparse.ArgumentParser) -> None:
     add("--roi", type=_region, metavar="X,Y,W,H", help="look only at this part of the frame, in pixels")
     add(
         "--size",
-        type=_size,
+        type=size,
         default=(256, 256),
         metavar="N|WxH",
         help=f"what a frame is made smaller to for the networks, multiples of {STRIDE}: more pixels show smaller "
@@ -374,7 +374,8 @@ def _region(text: str) -> tuple[int, int, int, int]:
     return x, y, width, height
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
+    """Width and height that the networks can take, from `N` or `WxH`."""
     try:
         width, height = (int(part) for part in (text.split("x") if "x" in text else (text, text)))
     except ValueError as error:

@@ -23,11 +23,12 @@ def test_losses_are_paired_by_seed():
 
 def test_every_way_is_measured(parts, bundles, tmp_path, capsys):
     words = (
-        f"--category bushing --data {parts} --teacher builtin --seeds 0 --epochs 1 --qad-epochs 1 --runs 3 "
-        f"--work {tmp_path / 'work'}"
+        f"--category bushing --data {parts} --teacher builtin --seeds 0 --epochs 1 --size 128x96 --qad-epochs 1 "
+        f"--runs 3 --work {tmp_path / 'work'}"
     )
     assert int8_table.main([*words.split(), "--json", str(tmp_path / "table.json")]) == 0
     table = json.loads((tmp_path / "table.json").read_text())
+    assert "--epochs 1 --size 128x96 " in table["command"]
     names = [found["name"] for found in table["rows"]]
     assert names == [
         "FP32",

@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 
 from stpm.build.assemble import Assembly, Wish
+from stpm.build.cli import size
 from stpm.build.compile import OpenVinoCompiler
 from stpm.build.distil import distil
 from stpm.build.graphs import Graphs
@@ -179,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--teacher", default="imagenet", metavar="imagenet|builtin|PATH")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     add("--epochs", type=count, default=Recipe().epochs)
+    add("--size", type=size, default=(256, 256), metavar="N|WxH", help="as of stpm-build (default: 256)")
     add("--qad-epochs", type=count, default=Wish().fine_tuning_epochs)
     add("--runs", type=count, default=200, help="frames for the latency of each engine (default: 200)")
     add("--work", type=Path, default=default_work(), metavar="DIR")
@@ -189,19 +191,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     started, rows = datetime.now(timezone.utc).isoformat(timespec="seconds"), []
+    width, height = options.size
     for seed in options.seeds:
         recipe = Recipe(epochs=options.epochs, seed=seed)
         steps = Steps(options.work)
-        job = Job(options.data, options.category, options.teacher, Stpm(), recipe, Preprocess(), steps)
+        job = Job(options.data, options.category, options.teacher, Stpm(), recipe, Preprocess(height, width), steps)
         rows += rows_of(job, Wish(fine_tuning_epochs=options.qad_epochs), options.runs)
         print(text_of([row for row in rows if row.seed == seed]), flush=True)
     print(f"\n{text_of(rows)}")
     if options.json:
         teacher = Path(options.teacher).name
         command = (
-            f"python tools/int8_table.py --category {options.category} --data ROOT --teacher {teacher} --epochs "
-            f"{options.epochs} --qad-epochs {options.qad_epochs} --runs {options.runs} --seeds "
-            + " ".join(map(str, options.seeds))
+            f"python tools/int8_table.py --category {options.category} --data ROOT --teacher {teacher} "
+            f"--epochs {options.epochs} --size {width}x{height} --qad-epochs {options.qad_epochs} "
+            f"--runs {options.runs} --seeds {' '.join(map(str, options.seeds))}"
         )
         write_json(options.json, Table(SCHEMA, started, machine(), command, rows))
 
