@@ -41,9 +41,8 @@ class FrameReady(msgspec.Struct, frozen=True, tag=True):
     """A frame lies in `slot` (None: it could not be kept, `problem` says why). The slot is the line's from now on."""
 
     number: int  # from 1 over everything that this process announced
-    captured_ns: (
-        int  # monotonic: when the exposure's data were there, before any copy; without one, the trigger's time
-    )
+    # monotonic: when the exposure's data were there, before any copy; of a trigger that was passed over, when it came
+    captured_ns: int
     name: str  # file name, or the number of the frame
     slot: int | None
     shape: tuple[int, int, int] = (0, 0, 0)  # height, width, 3 of the uint8 BGR image in the slot
